@@ -1,0 +1,257 @@
+"""Parameters of a run: tier, base, scope and overrides, resolved into one frozen, typed RunParams."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from . import layout
+from .errors import MeetaraError, nearest
+from .store import digest_of
+from .yamlfile import Strict, load_model, parse_model
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataParams(Strict):
+    """How training data is made."""
+
+    samples: Annotated[int, Field(ge=10, le=100_000)] = 5_000
+    """Samples to keep for a domain, after every filter."""
+    seed: int = 17
+    """The same seed and spec give the same bytes."""
+    near_duplicate: Share = 0.8
+    """Answers whose word 5-grams have this Jaccard similarity or more count as one."""
+    decontamination_words: Annotated[int, Field(ge=4, le=50)] = 8
+    """A sample that shares this many words in a row with a held-out check is dropped."""
+
+
+class TrainParams(Strict):
+    """How an adapter is trained."""
+
+    seed: int = 17
+    epochs: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Passes over the data, if neither time nor steps end it before."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall clock for the whole stage, loading and saving included. None: 5.5 on a CPU, no limit on a GPU."""
+    max_steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps; when set, time is not planned."""
+    batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)] = 512
+    """Tokens in an optimizer step, at most; samples are packed whole."""
+    max_length: Annotated[int, Field(ge=64, le=131_072)] = 512
+    """Tokens in a sample, at most; longer ones are left out and counted."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Peak, after warm-up."""
+    warmup_share: Share = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    decay_share: Share = 0.3
+    """Share of the steps, at the end, in which it falls to 0. A later session goes on from before the decay."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    lora_rank: Annotated[int, Field(ge=1, le=512)] = 32
+    """A domain's rank is 32 in every tier: its rows must divide by 32, and both size budgets rest on it."""
+    lora_alpha: Annotated[int, Field(ge=1)] = 32
+    """The adapter's output is scaled by alpha / rank."""
+    lora_dropout: Share = 0.0
+
+
+class GgufParams(Strict):
+    """Which GGUF files are made."""
+
+    quants: Annotated[list[str], Field(min_length=1)] = ["Q4_K_M"]
+    """llama.cpp quantisation levels."""
+    form: Literal["adapter", "merged", "both"] = "adapter"
+    """adapter: 8 MB beside the shared base; merged: a standalone model of about 105 MB; or both."""
+
+    @field_validator("quants")
+    @classmethod
+    def _known(cls, quants: list[str]) -> list[str]:
+        from .gguf_factory.quantize import LEVELS
+
+        for quant in quants:
+            if quant not in LEVELS:
+                raise ValueError(f"{quant!r} is no quantisation level; {nearest(quant, LEVELS)}")
+        if len(set(quants)) < len(quants):
+            raise ValueError("a level is listed twice")
+        return quants
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        return ("adapter", "merged") if self.form == "both" else (self.form,)
+
+
+class EvaluateParams(Strict):
+    """How the shipped file is measured."""
+
+    answers: Annotated[int, Field(ge=1, le=100)] = 3
+    """Held-out questions whose answers are printed and kept."""
+    max_answer_tokens: Annotated[int, Field(ge=8, le=4096)] = 160
+
+
+class Tier(Strict):
+    """A named set of parameters; what it leaves out keeps its default."""
+
+    about: str
+    data: DataParams = DataParams()
+    train: TrainParams = TrainParams()
+    gguf: GgufParams = GgufParams()
+    evaluate: EvaluateParams = EvaluateParams()
+
+
+class PackageSource(Strict):
+    """Weights inside an installed Python package."""
+
+    package: str
+    file: str
+    sha256: Annotated[str, Field(pattern=r"[0-9a-f]{64}$")]
+
+
+class Base(Strict):
+    """A base model of the registry."""
+
+    title: str
+    origin: str
+    """Where the weights come from, as its authors name it."""
+    licence: str
+    architecture: str
+    parameters: int
+    source: PackageSource
+    scopes: list[str]
+    context: int
+    """Tokens that the model was trained to attend to."""
+
+
+class Scope(Strict):
+    """A kind of product and its size budget; sizes in decimal megabytes."""
+
+    base: str
+    gguf_mb: float
+    rule: Literal["at_most", "within_5_percent"]
+    trained_mb: tuple[float, float] | None = None
+
+    @field_validator("trained_mb", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    def fits(self, size_bytes: int) -> bool:
+        budget = self.gguf_mb * 1e6
+        return size_bytes <= budget if self.rule == "at_most" else abs(size_bytes - budget) <= 0.05 * budget
+
+
+class _Tiers(Strict):
+    default: str
+    tiers: dict[str, Tier]
+
+
+class _Bases(Strict):
+    bases: dict[str, Base]
+
+
+class _Scopes(Strict):
+    scopes: dict[str, Scope]
+
+
+@cache
+def tiers(folder: Path = layout.PARAMS) -> _Tiers:
+    return load_model(folder / "tiers.yaml", _Tiers)
+
+
+@cache
+def bases(folder: Path = layout.PARAMS) -> dict[str, Base]:
+    return load_model(folder / "bases.yaml", _Bases).bases
+
+
+@cache
+def scopes(folder: Path = layout.PARAMS) -> dict[str, Scope]:
+    return load_model(folder / "scopes.yaml", _Scopes).scopes
+
+
+class RunParams(Strict):
+    """Everything that decides what a run makes, with the values that it will use."""
+
+    tier: str
+    base: str
+    data: DataParams
+    train: TrainParams
+    gguf: GgufParams
+    evaluate: EvaluateParams
+
+    def digest(self, *sections: str) -> str:
+        """sha256 of the named sections (all when none is named)."""
+        return digest_of(self.model_dump(mode="json", include=set(sections) or None))
+
+
+SECTIONS: dict[str, type[Strict]] = {
+    "data": DataParams,
+    "train": TrainParams,
+    "gguf": GgufParams,
+    "evaluate": EvaluateParams,
+}
+
+
+def keys() -> list[str]:
+    """Every parameter that can be overridden, as `section.name`."""
+    return [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
+
+
+def resolve(tier: str = "", base: str = "", overrides: dict[str, Any] | None = None) -> RunParams:
+    """The parameters of a run.
+
+    Args:
+        tier: A name from `params/tiers.yaml`; empty for its default.
+        base: A name from `params/bases.yaml`; empty for the domain scope's.
+        overrides: `section.name` -> value; they win over the tier.
+
+    Raises:
+        MeetaraError: Every unknown name and wrong value at once.
+    """
+    known = tiers()
+    tier = tier or known.default
+    if tier not in known.tiers:
+        raise MeetaraError(f"{tier!r} is no tier", where="tier", remedy=nearest(tier, known.tiers))
+    base = base or scopes()["domain"].base
+    if base not in bases():
+        raise MeetaraError(f"{base!r} is no base", where="base", remedy=nearest(base, bases()))
+    data = {"tier": tier, "base": base, **known.tiers[tier].model_dump(include=set(SECTIONS))}
+    faults = []
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        if key not in keys():
+            faults += MeetaraError("unknown parameter", where=key, remedy=nearest(key, keys())).faults
+        else:
+            data[section][name] = value
+    try:
+        params = parse_model(data, RunParams, "parameter")
+    except MeetaraError as error:
+        raise MeetaraError.of([*faults, *error.faults]) from None
+    if faults:
+        raise MeetaraError.of(faults)
+    return params
+
+
+class RunFile(Strict):
+    """A run written down: `run --params FILE`, or `papermill -f FILE`. Its keys are the notebooks' parameters."""
+
+    domains: list[str]
+    tier: str = ""
+    base: str = ""
+    overrides: dict[str, Any] = {}
+
+
+def load_run_file(path: Path) -> RunFile:
+    run_file = load_model(path, RunFile)
+    try:
+        resolve(run_file.tier, run_file.base, run_file.overrides)
+    except MeetaraError as error:
+        raise MeetaraError.of([_placed(fault, path) for fault in error.faults]) from None
+    return run_file
+
+
+def _placed(fault: Any, path: Path) -> Any:
+    from dataclasses import replace
+
+    return replace(fault, where=f"{path}: {fault.where}")
