@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -20,7 +20,8 @@ from .layout import NAME, PARAMS
 from .store import digest_of
 from .yamlfile import Key, Strict, load_yaml, parse_model
 
-CATEGORIES = ("healthcare", "daily_life", "business", "education", "creative", "technology", "specialized")
+Category = Literal["healthcare", "daily_life", "business", "education", "creative", "technology", "specialized"]
+CATEGORIES: tuple[str, ...] = get_args(Category)
 
 Text = Annotated[str, Field(min_length=2, max_length=600)]
 Name = Annotated[str, Field(pattern=NAME.pattern.replace(r"\Z", "$"))]
@@ -98,7 +99,7 @@ class Domain(Strict):
     """A domain spec, as its file holds it."""
 
     domain: Name
-    category: Literal[CATEGORIES]
+    category: Category
     title: Text
     covers: Text
     role: Text
@@ -138,9 +139,7 @@ def load_domain(path: Path) -> Domain:
     """
     data, lines = load_yaml(path)
     domain = parse_model(data, Domain, str(path), lines)
-    faults = [
-        Fault(what, f"{path}:{lines.get(key, 1)}", remedy) for key, what, remedy in _content_faults(domain, path)
-    ]
+    faults = [Fault(what, f"{path}:{lines.get(key, 1)}", remedy) for key, what, remedy in _content_faults(domain, path)]
     if faults:
         raise MeetaraError.of(faults)
     return domain
@@ -251,7 +250,8 @@ class Catalogue:
         """
         if not names:
             raise MeetaraError("no domain is given", where="domains", remedy=nearest("", self.files))
-        domains, faults = [], []
+        domains: list[Domain] = []
+        faults: list[Fault] = []
         for name in dict.fromkeys(names):
             try:
                 domains.append(self.load(name))

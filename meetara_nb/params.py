@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from . import layout
-from .errors import MeetaraError, nearest
+from .errors import Fault, MeetaraError, nearest
+from .quants import LEVELS
 from .store import digest_of
 from .yamlfile import Strict, load_model, parse_model
 
@@ -69,8 +71,6 @@ class GgufParams(Strict):
     @field_validator("quants")
     @classmethod
     def _known(cls, quants: list[str]) -> list[str]:
-        from .gguf_factory.quantize import LEVELS
-
         for quant in quants:
             if quant not in LEVELS:
                 raise ValueError(f"{quant!r} is no quantisation level; {nearest(quant, LEVELS)}")
@@ -109,6 +109,32 @@ class PackageSource(Strict):
     sha256: Annotated[str, Field(pattern=r"[0-9a-f]{64}$")]
 
 
+class Shape(Strict):
+    """Dimensions of a base: they give an adapter's size before it is trained, and GGUF's order of its rows."""
+
+    architecture: Literal["llama"]
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    feed_forward: int
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The adapted matrices of a layer by GGUF name: (outputs, inputs)."""
+        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        return {
+            "attn_q": (q, self.hidden),
+            "attn_k": (kv, self.hidden),
+            "attn_v": (kv, self.hidden),
+            "attn_output": (self.hidden, q),
+            "ffn_gate": (self.feed_forward, self.hidden),
+            "ffn_up": (self.feed_forward, self.hidden),
+            "ffn_down": (self.hidden, self.feed_forward),
+        }
+
+
 class Base(Strict):
     """A base model of the registry."""
 
@@ -116,8 +142,8 @@ class Base(Strict):
     origin: str
     """Where the weights come from, as its authors name it."""
     licence: str
-    architecture: str
     parameters: int
+    shape: Shape
     source: PackageSource
     scopes: list[str]
     context: int
@@ -193,7 +219,7 @@ SECTIONS: dict[str, type[Strict]] = {
 }
 
 
-def keys() -> list[str]:
+def parameter_names() -> list[str]:
     """Every parameter that can be overridden, as `section.name`."""
     return [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
 
@@ -209,25 +235,24 @@ def resolve(tier: str = "", base: str = "", overrides: dict[str, Any] | None = N
     Raises:
         MeetaraError: Every unknown name and wrong value at once.
     """
-    known = tiers()
-    tier = tier or known.default
+    known, faults = tiers(), []
+    tier, base = tier or known.default, base or scopes()["domain"].base
     if tier not in known.tiers:
-        raise MeetaraError(f"{tier!r} is no tier", where="tier", remedy=nearest(tier, known.tiers))
-    base = base or scopes()["domain"].base
+        faults.append(Fault(f"{tier!r} is no tier", "tier", nearest(tier, known.tiers)))
     if base not in bases():
-        raise MeetaraError(f"{base!r} is no base", where="base", remedy=nearest(base, bases()))
-    data = {"tier": tier, "base": base, **known.tiers[tier].model_dump(include=set(SECTIONS))}
-    faults = []
+        faults.append(Fault(f"{base!r} is no base", "base", nearest(base, bases())))
+    chosen = known.tiers.get(tier, known.tiers[known.default])
+    data = {"tier": tier, "base": base, **chosen.model_dump(include=set(SECTIONS))}
     for key, value in (overrides or {}).items():
-        section, _, name = key.partition(".")
-        if key not in keys():
-            faults += MeetaraError("unknown parameter", where=key, remedy=nearest(key, keys())).faults
+        if key not in parameter_names():
+            faults.append(Fault("unknown parameter", key, nearest(key, parameter_names())))
         else:
+            section, name = key.split(".")
             data[section][name] = value
     try:
         params = parse_model(data, RunParams, "parameter")
     except MeetaraError as error:
-        raise MeetaraError.of([*faults, *error.faults]) from None
+        faults += error.faults
     if faults:
         raise MeetaraError.of(faults)
     return params
@@ -247,11 +272,6 @@ def load_run_file(path: Path) -> RunFile:
     try:
         resolve(run_file.tier, run_file.base, run_file.overrides)
     except MeetaraError as error:
-        raise MeetaraError.of([_placed(fault, path) for fault in error.faults]) from None
+        faults = [replace(fault, where=f"{path}: {fault.where}") for fault in error.faults]
+        raise MeetaraError.of(faults) from None
     return run_file
-
-
-def _placed(fault: Any, path: Path) -> Any:
-    from dataclasses import replace
-
-    return replace(fault, where=f"{path}: {fault.where}")

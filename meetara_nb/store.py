@@ -45,7 +45,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -67,7 +67,7 @@ def move(source: Path, final: Path) -> None:
     """Gives `source` its final name, across file systems too: copy, compare the hash, rename."""
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.replace(source, final)
+        source.replace(final)
         return
     except OSError as error:
         if error.errno != 18:  # EXDEV, "Invalid cross-device link"
@@ -77,7 +77,7 @@ def move(source: Path, final: Path) -> None:
         shutil.copyfile(source, partial)
         if sha256_of(partial) != sha256_of(source):
             raise MeetaraError("the copy differs from its source", where=final, remedy="run again; check the disk")
-        os.replace(partial, final)
+        partial.replace(final)
     finally:
         partial.unlink(missing_ok=True)
     source.unlink()
@@ -110,7 +110,7 @@ class Manifests:
         return manifest if intact else None
 
     def _untouched(self, ref: str, entry: Mapping[str, Any]) -> bool:
-        path = self._path(ref)
+        path = self.path_of(ref)
         try:
             stat = path.stat()
         except OSError:
@@ -124,8 +124,8 @@ class Manifests:
         manifest = self.read(stage, category, name)
         if not manifest or not manifest.get("done"):
             return []
-        present = {ref: entry for ref, entry in manifest["outputs"].items() if self._path(ref).exists()}
-        return [self._path(ref) for ref, entry in present.items() if not self._untouched(ref, entry)]
+        present = {ref: entry for ref, entry in manifest["outputs"].items() if self.path_of(ref).exists()}
+        return [self.path_of(ref) for ref, entry in present.items() if not self._untouched(ref, entry)]
 
     def publish(
         self,
@@ -179,7 +179,7 @@ class Manifests:
                 return f"{root_name}:{path.relative_to(root).as_posix()}"
         raise ValueError(f"{path} lies under neither root")
 
-    def _path(self, ref: str) -> Path:
+    def path_of(self, ref: str) -> Path:
         root_name, relative = ref.split(":", 1)
         return Path(self.layout.data_root if root_name == "data" else self.layout.models_root) / relative
 

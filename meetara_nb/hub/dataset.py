@@ -104,9 +104,7 @@ def to_json(domain: Domain, params: DataParams, data: DataSet) -> str:
 
 def _sample(domain: Domain, number: int, draft: Draft) -> dict[str, Any]:
     messages = [{"role": "system", "content": domain.system_prompt}]
-    messages += [
-        {"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(draft.turns)
-    ]
+    messages += [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(draft.turns)]
     return {
         "id": f"{domain.domain}-{number:05}",
         "kind": draft.kind,

@@ -1,0 +1,133 @@
+"""What a run would make, before it is run, and what earlier runs have made."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from . import params as parameters
+from .catalogue import Catalogue
+from .errors import MeetaraError
+from .layout import Layout
+from .params import RunParams, Scope
+from .quants import ADAPTER_TYPES
+from .runlog import RunLog, size, table
+from .stages import STAGES, Lab
+from .store import Manifests
+
+
+def lora_parameters(lab: Lab) -> int:
+    """Trained parameters of an adapter."""
+    shape, rank = lab.base.shape, lab.params.train.lora_rank
+    return shape.layers * sum(rank * (outputs + inputs) for outputs, inputs in shape.matrices.values())
+
+
+def sizes(lab: Lab) -> list[tuple[str, int, Scope, bool]]:
+    """Predicted size of each file: (what, bytes, scope, within budget)."""
+    from .gguf_factory.adapter import adapter_bytes
+
+    found = []
+    for form in lab.params.gguf.forms:
+        scope = parameters.scopes()["domain" if form == "adapter" else "domain_merged"]
+        for quant in lab.params.gguf.quants:
+            if form == "adapter":
+                predicted = adapter_bytes(lab.base.shape, lab.params.train.lora_rank, quant)
+            else:
+                predicted = int(lab.base.parameters * MERGED_BYTES.get(quant, 1.0))
+            found.append((f"{form} {quant}", predicted, scope, scope.fits(predicted)))
+    return found
+
+
+# Bytes for each parameter of the 135M base at each level, its quantised embedding included; measured.
+MERGED_BYTES = {"F32": 4.01, "F16": 2.01, "BF16": 2.01, "Q8_0": 1.08, "Q6_K": 1.03, "Q5_K_M": 0.83, "Q5_K_S": 0.82,
+                "Q4_K_M": 0.78, "Q4_K_S": 0.76, "Q3_K_M": 0.70, "Q2_K": 0.66}  # fmt: skip
+
+
+def describe(lab: Lab) -> str:
+    """Parameters, sizes against budget, disk and what is done, for people."""
+    params = lab.params
+    parts = [
+        f"tier {params.tier}: {parameters.tiers().tiers[params.tier].about}",
+        f"base {params.base}: {lab.base.title}",
+    ]
+    rows = []
+    defaults = parameters.resolve(params.tier, params.base)
+    for key in parameters.parameter_names():
+        section, name = key.split(".")
+        value, usual = (getattr(getattr(p, section), name) for p in (params, defaults))
+        plain = parameters.SECTIONS[section].model_fields[name].default
+        origin = "given" if value != usual else f"tier {params.tier}" if value != plain else "default"
+        rows.append([key, _shown(value), origin])
+    parts.append(table(rows, ["parameter", "value", "from"]))
+    if params.train.max_steps is None and params.train.max_minutes is None:
+        parts.append("Training time is planned from the measured step time: 5.5 minutes on a CPU, an epoch on a GPU.")
+    trained = lora_parameters(lab)
+    low, high = parameters.scopes()["domain"].trained_mb or (0.0, 0.0)
+    trained_bytes = trained * 10 + 1_000_000  # fp32 weights twice, two 8-bit moments, and the rest
+    rows = [
+        ["trained model .pt", size(trained_bytes), f"{low:g}-{high:g} MB", _verdict(low <= trained_bytes / 1e6 <= high)]
+    ]
+    for what, predicted, scope, fits in sizes(lab):
+        budget = f"{'at most ' if scope.rule == 'at_most' else ''}{scope.gguf_mb:g} MB"
+        rows.append([what, size(predicted), budget, _verdict(fits)])
+    parts.append(f"A domain, with {trained:,} trained parameters\n" + table(rows, ["file", "predicted", "budget", ""]))
+    if "adapter" in params.gguf.forms:
+        types = ", ".join(f"{q}: {' and '.join(dict.fromkeys(ADAPTER_TYPES[q]))}" for q in params.gguf.quants)
+        parts.append(f"Tensor types of an adapter: {types}")
+    rows = []
+    for domain in lab.domains:
+        rows.append([domain.domain, *("done" if lab.manifest(s, domain) else "to do" for s in STAGES.values())])
+    parts.append(table(rows, ["domain", *STAGES]))
+    root = Path(lab.layout.data_root)
+    while not root.exists():
+        root = root.parent
+    free = shutil.disk_usage(root).free
+    parts.append(f"Disk: at most {size(lab.needed_bytes())} needed, {size(free)} free at {lab.layout.data_root}")
+    return "\n\n".join(parts)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "planned" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _verdict(fits: bool) -> str:
+    return "within" if fits else "OUTSIDE BUDGET"
+
+
+def status(catalogue: Catalogue, layout: Layout) -> str:
+    """One row a domain, from its manifests; `stale` where its spec changed since."""
+    manifests, rows = Manifests(layout), []
+    for name in sorted(catalogue.files, key=lambda name: (catalogue.category(name), name)):
+        category = catalogue.category(name)
+        found = {stage: manifests.read(stage, category, name) for stage in STAGES}
+        if not any(found.values()):
+            rows.append([category, name, "nothing yet", "", "", "", ""])
+            continue
+        rows.append([category, name, *_state(catalogue, name, layout, found)])
+    return table(rows, ["category", "domain", "state", "samples", "GGUF", "bits per byte", "recall"])
+
+
+def _state(catalogue: Catalogue, name: str, layout: Layout, found: dict[str, dict | None]) -> list[str]:
+    recorded = next((m["facts"].get("params") for m in found.values() if m), None)
+    state = "done" if all(m and m.get("done") for m in found.values()) else "begun"
+    try:
+        domain = catalogue.load(name)
+        if recorded:
+            lab = Lab(layout, RunParams.model_validate(recorded), [domain], RunLog(None, ""), Manifests(layout))
+            missing = [stage for stage in STAGES if lab.manifest(STAGES[stage], domain) is None]
+            if missing:
+                state = f"{'stale' if found[missing[0]] else 'begun'} from {missing[0]}"
+    except MeetaraError as error:
+        state = f"spec faulty: {error.faults[0].what}"
+    data, gguf, evaluated = (found[stage] for stage in ("data", "gguf", "evaluate"))
+    files = gguf["facts"]["files"] if gguf else []
+    scores = next(iter(evaluated["facts"]["headline"].values())) if evaluated else None
+    return [
+        state,
+        f"{data['facts']['kept']:,}" if data else "",
+        ", ".join(f"{f['form']} {f['quant']} {size(f['bytes'])}" for f in files),
+        "{:.3f} -> {:.3f}".format(*scores["bits_per_byte"]) if scores else "",
+        "{:.0%} -> {:.0%}".format(*scores["recall"]) if scores else "",
+    ]

@@ -1,0 +1,176 @@
+"""What the notebooks show: plots, saved beside the run as well, and texts to read."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .catalogue import Domain
+from .runlog import size
+from .stages import STAGES, Lab
+
+BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#b8bec6"
+
+
+def _done(lab: Lab, stage: str) -> Iterator[tuple[Domain, dict[str, Any]]]:
+    """Domains for which the stage is done, with its facts."""
+    for domain in lab.domains:
+        if manifest := lab.manifest(STAGES[stage], domain):
+            yield domain, manifest["facts"]
+
+
+def _show(lab: Lab, figure: Any, name: str) -> None:
+    """Saves a figure as PNG in the run's folder and shows it in the notebook."""
+    from IPython.display import Image, display
+
+    assert lab.log.folder is not None
+    lab.log.folder.mkdir(parents=True, exist_ok=True)
+    path = lab.log.folder / f"{name}.png"
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    display(Image(filename=str(path)))
+
+
+def _figure(rows: int, width: float = 9.0, height: float = 2.8) -> tuple[Any, list[Any]]:
+    """A figure with `rows` axes below one another, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def funnel(lab: Lab) -> None:
+    """What became of the composed samples, and the kinds that were kept."""
+    done = list(_done(lab, "data"))
+    if not done:
+        return
+    figure, axes = _figure(2 * len(done), height=2.4)
+    for (domain, facts), above, below in zip(done, axes[::2], axes[1::2], strict=True):
+        counts = {
+            "composed": facts["generated"],
+            **facts["dropped"],
+            "near-duplicates": facts["near_duplicates"],
+            "overlap with checks": facts["contaminated"],
+            "kept": facts["kept"],
+        }
+        colours = [BLUE if name in ("composed", "kept") else GREY for name in counts]
+        _bars(above, counts, colours)
+        above.set_title(f"{domain.title}: {facts['kept']:,} of {facts['requested']:,} samples", loc="left")
+        kinds = dict(sorted(facts["kept_by_kind"].items(), key=lambda item: -item[1]))
+        _bars(below, {kind.replace("_", " "): count for kind, count in kinds.items()}, BLUE)
+        below.set_title("kept, by kind", loc="left", fontsize=10)
+    _show(lab, figure, "funnel")
+
+
+def _bars(axis: Any, counts: dict[str, int], colour: Any) -> None:
+    bars = axis.barh(list(counts), list(counts.values()), color=colour)
+    axis.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=4)
+    axis.invert_yaxis()
+    axis.set_xticks([])
+    axis.spines[["bottom"]].set_visible(False)
+    axis.margins(x=0.12)
+
+
+def samples(lab: Lab, count: int) -> Iterator[str]:
+    """The first samples of every domain's data as conversations."""
+    for domain, _ in _done(lab, "data"):
+        path = Path(lab.layout.training_data(domain.category, domain.domain))
+        for sample in json.loads(path.read_text(encoding="utf-8"))["samples"][:count]:
+            turns = [f"{message['role']:>9}: {message['content']}" for message in sample["messages"]]
+            yield "\n".join([f"[{sample['id']}, {sample['kind']}]", *turns])
+
+
+def losses(lab: Lab) -> None:
+    """Loss and learning rate over the steps."""
+    done = list(_done(lab, "train"))
+    if not done:
+        return
+    figure, axes = _figure(len(done))
+    for (domain, facts), axis in zip(done, axes, strict=True):
+        steps, values, rates = zip(*facts["losses"], strict=True)
+        axis.plot(steps, values, color=GREY, linewidth=1, label="loss of a step")
+        span = max(1, len(values) // 12)
+        smooth = [
+            sum(values[max(0, i - span) : i + 1]) / len(values[max(0, i - span) : i + 1]) for i in range(len(values))
+        ]
+        axis.plot(steps, smooth, color=BLUE, linewidth=2, label=f"mean of the last {span + 1}")
+        axis.set(xlabel="step", ylabel="loss (nats a token)")
+        axis.set_title(
+            f"{domain.title}: {facts['tokens']:,} tokens, {facts['epochs']:.1%} of an epoch, "
+            f"{facts['tokens_per_s']:.0f} tokens/s",
+            loc="left",
+        )
+        right = axis.twinx()
+        right.plot(steps, rates, color=ORANGE, linewidth=1, label="learning rate (right)")
+        right.spines[["top"]].set_visible(False)
+        right.set_ylim(bottom=0)
+        lines = [*axis.get_lines(), *right.get_lines()]
+        axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper right")
+    _show(lab, figure, "losses")
+
+
+def gate(lab: Lab) -> str:
+    """What the integrity gate saw of every file."""
+    parts = []
+    for domain, facts in _done(lab, "gguf"):
+        for file in facts["files"]:
+            types = ", ".join(f"{count} {kind}" for kind, count in file["tensor_types"].items())
+            lines = [f"{domain.domain}, {file['form']} {file['quant']}: {size(file['bytes'])}; tensors: {types}"]
+            lines += [f"  ok  {check['check']}: {check['detail']}" for check in file["checks"]]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def scores(lab: Lab) -> None:
+    """Bits per byte by topic, base against tuned, with recall."""
+    done = list(_done(lab, "evaluate"))
+    if not done:
+        return
+    figure, axes = _figure(len(done), height=5.2)
+    for (domain, _), axis in zip(done, axes, strict=True):
+        figures = json.loads(Path(lab.layout.figures(domain.category, domain.domain)).read_text(encoding="utf-8"))
+        name, result = next(iter(figures["files"].items()))
+        topics = [topic.id for topic in domain.topics]
+        for which, colour, offset in (("base", GREY, -0.2), ("tuned", BLUE, 0.2)):
+            by_topic: dict[str, list[Any]] = defaultdict(list)
+            for check in result[which]["checks"]:
+                by_topic[check["topic"]].append(check)
+            asked = [topic for topic in topics if by_topic[topic]]
+            values = [sum(c["bits_per_byte"] for c in by_topic[t]) / len(by_topic[t]) for t in asked]
+            places = [i + offset for i in range(len(asked))]
+            total = result[which]
+            label = f"{which}: {total['bits_per_byte']:.3f} bits per byte, recall {total['recall']:.0%}"
+            bars = axis.barh(places, values, height=0.38, color=colour, label=label)
+            recalled = [f"{sum(c['recalled'] for c in by_topic[t])}/{len(by_topic[t])}" for t in asked]
+            axis.bar_label(bars, recalled, padding=3, fontsize=8, color="#555")
+        axis.set_yticks(range(len(asked)), [topic.replace("_", " ") for topic in asked])
+        axis.invert_yaxis()
+        axis.set(xlabel="bits per byte of the good answers (lower is better); beside the bars: checks recalled")
+        axis.set_title(f"{domain.title}, {name}", loc="left")
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    _show(lab, figure, "scores")
+
+
+def answers(lab: Lab) -> str:
+    """The shipped files' answers to held-out questions, beside the good ones."""
+    parts = []
+    for domain, facts in _done(lab, "evaluate"):
+        for answer in facts["answers"]:
+            end = "" if answer["stopped"] else " [cut: it did not end]"
+            parts.append(
+                f"{domain.domain}: {answer['question']}\n  model: {answer['text']}{end}\n  good:  {answer['expected']}"
+            )
+    return "\n\n".join(parts)
+
+
+def metadata(lab: Lab) -> str:
+    """The metadata files as they are."""
+    paths = [Path(lab.layout.domain_metadata(domain.category, domain.domain)) for domain, _ in _done(lab, "metadata")]
+    return "\n".join(f"{path} ({size(path.stat().st_size)})\n{path.read_text(encoding='utf-8')}" for path in paths)
