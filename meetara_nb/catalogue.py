@@ -6,9 +6,10 @@ a file is parsed only when its domain is asked for.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -151,13 +152,13 @@ def _content_faults(domain: Domain, path: Path) -> Iterator[tuple[Key, str, str]
         yield ("domain",), f"domain {domain.domain!r} in a file named {path.name}", "give both the same name"
     if domain.category != path.parent.name:
         yield ("category",), f"category {domain.category!r} in the folder {path.parent.name}", "move the file"
-    for field, allowed in PLACEHOLDERS.items():
-        needed = "question" if field == "question_forms" else "topic"
-        for index, form in enumerate(getattr(domain, field)):
+    for part, allowed in PLACEHOLDERS.items():
+        needed = "question" if part == "question_forms" else "topic"
+        for index, form in enumerate(getattr(domain, part)):
             names = _placeholders(form)
             if names is None or not set(names) <= allowed or names.count(needed) != 1:
                 remedy = f"use {{{needed}}} once, and of others only {sorted(allowed - {needed})}"
-                yield (field, index), f"the form {form!r} cannot be filled", remedy
+                yield (part, index), f"the form {form!r} cannot be filled", remedy
     yield from _repeats(domain)
     topics = {topic.id for topic in domain.topics}
     texts = {_plain(text) for _, s in domain.statements for text in (*s.wordings, *s.ask)}
@@ -207,9 +208,13 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The domains under a folder, by name."""
+    """The domains under a folder, by name.
 
-    folder: Path = PARAMS / "domains"
+    Attributes:
+        folder: `{category}/{domain}.yaml` files; `$MEETARA_DOMAINS`, or the project's `params/domains`.
+    """
+
+    folder: Path = field(default_factory=lambda: Path(os.environ.get("MEETARA_DOMAINS") or PARAMS / "domains"))
 
     @cached_property
     def files(self) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ def _execute(lab: Lab, notebook: str, domains: list[str], folder: Path) -> None:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     source = NOTEBOOKS / f"{notebook}.ipynb"
     wanted = parameters_of(lab, domains)
@@ -106,12 +108,13 @@ def _execute(lab: Lab, notebook: str, domains: list[str], folder: Path) -> None:
     while target.exists():  # an earlier batch's
         target = folder / f"{notebook}_{number}.ipynb"
         number += 1
+    # Pipes instead of open TCP ports, where the system has them: other users of the machine cannot listen in.
+    config = Config() if os.name == "nt" else Config({"KernelManager": {"transport": "ipc"}})
     try:
-        # The kernel is the one of this Python, whatever kernels the user has registered.
         papermill.execute_notebook(
             _escaped(source), _escaped(target), parameters=wanted, cwd=str(NOTEBOOKS), kernel_name="python3",
             progress_bar=False, log_output=False, stdout_file=_Console(sys.stdout), stderr_file=_Console(None),
-            autosave_cell_every=0,
+            autosave_cell_every=0, config=config,
         )  # fmt: skip
     except PapermillExecutionError as error:
         raise MeetaraError(f"{error.ename}: {error.evalue}".splitlines()[0], where=target) from None

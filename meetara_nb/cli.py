@@ -77,7 +77,7 @@ def _selection(command: argparse.ArgumentParser) -> None:
     add("--params", type=Path, metavar="FILE", help="a run file that names domains, tier, base and overrides")
     add("--tier", default="", help="how much data and training: smoke, fast, balanced, quality (default: fast)")
     add("--base", default="", help="a base model of params/bases.yaml")
-    add("--max-minutes", type=float, metavar="N", help="training time for each domain (default on a CPU: 5.5)")
+    add("--max-minutes", type=float, metavar="N", help="training time for each domain (default on a CPU: 6)")
     add("--max-steps", type=int, metavar="N", help="train exactly so many steps instead of planning by time")
     add("--samples", type=int, metavar="N", help="training samples to keep for each domain")
     add("--quant", metavar="Q[,Q]", help="quantisation levels, for example Q4_K_M,Q8_0 (default: Q4_K_M)")

@@ -114,12 +114,10 @@ def _scores(runtime: Any, asked: Any, checks: Sequence[dict[str, Any]]) -> dict[
     entries = []
     for check in checks:
         prompt = runtime.prompt(asked(check["question"]))
-        means = []
-        for text in (check["good"], *check["wrong"]):
-            log_probs = runtime.log_probs(prompt, runtime.tokenize(text))
-            means.append(float(log_probs.mean()))
-            if text == check["good"]:
-                check_bits, check_bytes = -float(log_probs.sum()) / math.log(2), len(text.encode())
+        texts = (check["good"], *check["wrong"])
+        log_probs = runtime.log_probs(prompt, [runtime.tokenize(text) for text in texts])
+        means = [float(values.mean()) for values in log_probs]
+        check_bits, check_bytes = -float(log_probs[0].sum()) / math.log(2), len(check["good"].encode())
         bits, size = bits + check_bits, size + check_bytes
         entries.append(
             {

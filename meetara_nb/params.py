@@ -38,14 +38,14 @@ class TrainParams(Strict):
     epochs: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Passes over the data, if neither time nor steps end it before."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Wall clock for the whole stage, loading and saving included. None: 5.5 on a CPU, no limit on a GPU."""
+    """Wall clock for the whole stage, loading and saving included. None: 6 on a CPU, no limit on a GPU."""
     max_steps: Annotated[int, Field(gt=0)] | None = None
     """Optimizer steps; when set, time is not planned."""
     batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)] = 512
     """Tokens in an optimizer step, at most; samples are packed whole."""
     max_length: Annotated[int, Field(ge=64, le=131_072)] = 512
     """Tokens in a sample, at most; longer ones are left out and counted."""
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-3
     """Peak, after warm-up."""
     warmup_share: Share = 0.05
     """Share of the steps in which the learning rate rises from 0."""
@@ -144,6 +144,8 @@ class Base(Strict):
     licence: str
     parameters: int
     shape: Shape
+    pre_tokenizer: Literal["gpt-2", "smollm"]
+    """llama.cpp's name for how text is cut before byte-pair encoding: the file's `tokenizer.ggml.pre`."""
     source: PackageSource
     scopes: list[str]
     context: int

@@ -60,7 +60,7 @@ def describe(lab: Lab) -> str:
         rows.append([key, _shown(value), origin])
     parts.append(table(rows, ["parameter", "value", "from"]))
     if params.train.max_steps is None and params.train.max_minutes is None:
-        parts.append("Training time is planned from the measured step time: 5.5 minutes on a CPU, an epoch on a GPU.")
+        parts.append("Training time is planned from the measured step time: 6 minutes on a CPU, an epoch on a GPU.")
     trained = lora_parameters(lab)
     low, high = parameters.scopes()["domain"].trained_mb or (0.0, 0.0)
     trained_bytes = trained * 10 + 1_000_000  # fp32 weights twice, two 8-bit moments, and the rest

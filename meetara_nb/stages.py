@@ -257,8 +257,8 @@ class Lab:
             write_json(work / "key.json", key)
         return work
 
-    def based(self, prompt: str) -> dict[str, Any]:
-        """The manifest of the base's GGUF files; makes those that are missing."""
+    def gguf_base(self) -> dict[str, Any]:
+        """The manifest of the base's GGUF files; makes them where they are missing."""
         from .gguf_factory.factory import Gate, make_base
         from .training.bases import checked_source
 
@@ -269,7 +269,7 @@ class Lab:
             if done := self.manifests.current("base", "base", name, key):
                 return done
             self.log.say(f"{name}: base as GGUF ({', '.join(wanted)})")
-            gate = Gate(self.prepared_base, prompt, lambda file: Path(self.layout.rejected(file)))
+            gate = Gate(self.prepared_base, BASE_PROMPT, lambda file: Path(self.layout.rejected(file)))
             work = Path(self.layout.base_work(name)) / "gguf"
             made = make_base(self.base, checked_source(self.base), work, wanted, gate, name)
             manifest = self.manifests.publish(
@@ -307,6 +307,8 @@ class Lab:
 
 
 BASE_VERSION = 1
+# For the base's stop test.
+BASE_PROMPT = "You are a helpful assistant."
 # The level of the base on which adapters are tried and evaluated, whatever their own level.
 RUN_BASE = "Q4_K_M"
 
@@ -365,7 +367,7 @@ def _make_gguf(lab: Lab, domain: Domain, work: Path) -> Product:
     from .training.checkpoint import load_trained_model
 
     quants = lab.params.gguf.quants
-    based = lab.based(domain.system_prompt)
+    based = lab.gguf_base()
     base_file = Path(lab.layout.base(lab.params.base, RUN_BASE))
     trained = load_trained_model(Path(lab.layout.trained_model(domain.category, domain.domain)))
     gate = Gate(lab.prepared_base, domain.system_prompt, lambda file: Path(lab.layout.rejected(file)))

@@ -87,8 +87,9 @@ class Manifests:
     """Which stage is done for what, from which inputs, with which files.
 
     A manifest is JSON: `key` (hash of stage, version, params and inputs), `outputs` (file -> bytes, sha256, mtime),
-    `facts` (what the stage measured) and `done`. It is written twice: before publishing with `done: false`, so that
-    files published just before a crash are known as ours, and after it with `done: true`.
+    `facts` (what the stage measured), `ours` (file -> its last contents' sha256) and `done`. It is written twice:
+    before publishing with `done: false`, so that files published just before a crash are known as ours, and after it
+    with `done: true`.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -139,22 +140,29 @@ class Manifests:
         say: Say,
     ) -> dict[str, Any]:
         """Moves finished `files` (partial -> final) to their names and writes the manifest last."""
-        before = self.read(stage, category, name)
-        outputs = {
+        before = self.read(stage, category, name) or {}
+        outputs: dict[str, dict[str, Any]] = {
             self._ref(final): {"bytes": partial.stat().st_size, "sha256": sha256_of(partial)}
             for partial, final in files.items()
         }
-        known = [o for m in (before, {"outputs": outputs}) if m for o in m["outputs"].items()]
-        known += [(ref, entry) for entry_map in (before or {}).get("ours", []) for ref, entry in entry_map.items()]
+        # For every file ever published here, the last two contents: the one that stands and the one that replaces it.
+        ours: dict[str, list[str]] = dict(before.get("ours", {}))
+        for ref, entry in outputs.items():
+            ours[ref] = [*(sha for sha in ours.get(ref, []) if sha != entry["sha256"]), entry["sha256"]][-2:]
         for final in files.values():
-            if final.exists() and not any(
-                ref == self._ref(final) and entry["sha256"] == sha256_of(final) for ref, entry in known
-            ):
+            if final.exists() and sha256_of(final) not in ours[self._ref(final)]:
                 self.set_aside(final, say)
-        manifest = {"stage": stage, "name": name, "key": key, "done": False, "outputs": outputs, "facts": dict(facts)}
+        manifest = {
+            "stage": stage,
+            "name": name,
+            "key": key,
+            "done": False,
+            "outputs": outputs,
+            "facts": dict(facts),
+            "ours": ours,
+        }
         path = Path(self.layout.manifest(stage, category, name))
-        # Until the files have moved, the previous ones are still ours.
-        write_json(path, {**manifest, "ours": [before["outputs"]] if before else []})
+        write_json(path, manifest)
         for partial, final in files.items():
             move(partial, final)
             outputs[self._ref(final)]["mtime_ns"] = final.stat().st_mtime_ns

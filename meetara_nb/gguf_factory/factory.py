@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from ..params import Base
 from ..quants import LEVELS
 from ..store import move, sha256_of
 from . import adapter, convert, merge, quantize
-from .gguf_io import TensorPlan, open_gguf
+from .gguf_io import TensorPlan
 from .verify import verify
 
 Header = dict[str, str | int | float]
@@ -76,13 +76,13 @@ class Gate:
                 where=final_name,
                 remedy=f"it was moved to {place} and not published; what stood under its name before is untouched",
             ) from None
-        types = Counter(t.tensor_type.name for t in open_gguf(partial).tensors)
+        types = json.loads(next(check["detail"] for check in checks if check["check"] == "tensors"))
         facts = {
             "form": form,
             "quant": quant,
             "bytes": partial.stat().st_size,
             "sha256": sha256,
-            "tensor_types": dict(types.most_common()),
+            "tensor_types": types,
             "checks": checks,
         }
         return Made(partial, facts)
@@ -102,7 +102,11 @@ def make_base(base: Base, source: Path, work: Path, quants: list[str], gate: Gat
     work.mkdir(parents=True, exist_ok=True)
     f16 = work / "F16.gguf"
     weights_sha256 = convert.f16_base(source, f16)
-    keys: Header = {"general.architecture": base.shape.architecture, "general.type": "model"}
+    keys: Header = {
+        "general.architecture": base.shape.architecture,
+        "general.type": "model",
+        "tokenizer.ggml.pre": base.pre_tokenizer,
+    }
     made = {}
     for quant in ["F16", *(quant for quant in quants if quant != "F16")]:
         path = work / f"{quant}.gguf"

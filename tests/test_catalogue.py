@@ -1,0 +1,147 @@
+"""Domain specs: what is valid, and what each fault says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_spec, write_spec
+
+from meetara_nb.catalogue import Catalogue, Domain, load_domain
+from meetara_nb.errors import MeetaraError
+from meetara_nb.hub.dedup import ngrams, words_of
+
+SHIPPED = ("general_health", "entrepreneurship")
+
+
+def faults_of(tmp_path: Path, spec: dict[str, Any], name: str = "") -> list[str]:
+    path = write_spec(tmp_path, spec, name)
+    with pytest.raises(MeetaraError) as error:
+        load_domain(path)
+    return [str(fault).removeprefix(str(path)) for fault in error.value.faults]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_specs_meet_the_standard(name: str) -> None:
+    domain = Catalogue().load(name)
+    assert len(domain.topics) >= 14
+    assert sum(1 for _ in domain.statements) >= 110
+    assert len(domain.checks) >= 30
+    assert {check.topic for check in domain.checks} == {topic.id for topic in domain.topics}
+    assert len(domain.personas) >= 10 and len(domain.question_forms) >= 10
+    for topic, statement in domain.statements:
+        assert all(topic.mistakes) and statement.why
+        assert all(text.isascii() for text in (*statement.wordings, *statement.ask))
+    if domain.safety == "medical":
+        assert domain.red_flags and all("emergency number" in flag.action for flag in domain.red_flags)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_checks_are_not_worded_like_the_spec(name: str) -> None:
+    """No run of 6 words of a check stands in anything that samples are composed from."""
+    domain = Catalogue().load(name)
+    content = domain.model_dump(exclude={"checks"})
+
+    def texts(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return [text for item in value for text in texts(item)]
+        return [value] if isinstance(value, str) else []
+
+    runs = {run for text in texts(content) if len(words_of(text)) >= 6 for run in ngrams(words_of(text), 6)}
+    for check in domain.checks:
+        for text in (check.question, check.good):
+            if len(words_of(text)) >= 6:
+                assert not runs & ngrams(words_of(text), 6), check.id
+
+
+def test_the_small_spec_is_valid(domain: Domain) -> None:
+    assert domain.system_prompt == "You are MeeTARA, a patient guide to animals."
+    assert sum(1 for _ in domain.statements) == 64
+
+
+def test_three_faults_are_all_listed(tmp_path: Path, spec: dict[str, Any]) -> None:
+    spec["titel"] = "x"
+    spec["topics"][0]["statements"][1]["ask"] = ["only one?"]
+    del spec["topics"][2]["name"]
+    faults = faults_of(tmp_path, spec)
+    assert len(faults) == 3
+    assert any("titel: unknown key -> did you mean title" in fault for fault in faults)
+    assert any("topics[0].statements[1].ask" in fault for fault in faults)
+    assert any("topics[2].name: missing" in fault for fault in faults)
+
+
+def change(path: str, value: Any) -> Any:
+    def apply(spec: dict[str, Any]) -> None:
+        place: Any = spec
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        for part in parents:
+            place = place[part]
+        place[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("apply", "message"),
+    [
+        (change("category", "health"), "category"),
+        (change("domain", "a/b"), "domain"),
+        (change("topics.0.statements", []), "topics[0].statements"),
+        (change("topics.0.statements.0.id", "cats_hunt"), "stands in the file twice"),
+        (change("topics.0.statements.0.say", small_spec()["topics"][0]["statements"][1]["say"]), "twice"),
+        (change("question_forms.1", "Hello {name}: {question}"), "cannot be filled"),
+        (change("question_forms.1", "Hello"), "cannot be filled"),
+        (change("topic_forms.0", "About {topic"), "cannot be filled"),
+        (change("checks.0.topic", "cat"), "did you mean"),
+        (change("checks.0.good", small_spec()["topics"][0]["statements"][1]["say"]), "held-out"),
+        (change("checks.0.wrong", ["a b", "a b", "c d"]), "the same"),
+        (change("checks.3.id", "check_2"), "twice"),
+        (change("safety", "none"), "safety"),
+        (change("title", 3), "text"),
+    ],
+)
+def test_faults(tmp_path: Path, spec: dict[str, Any], apply: Any, message: str) -> None:
+    path = write_spec(tmp_path, spec)
+    apply(spec)
+    import yaml
+
+    path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    with pytest.raises(MeetaraError) as error:
+        load_domain(path)
+    (fault,) = error.value.faults
+    assert message in str(fault)
+    assert f"{path}:" in fault.where, "names file and line"
+
+
+def test_file_name_and_folder_must_agree(tmp_path: Path, spec: dict[str, Any]) -> None:
+    path = write_spec(tmp_path, spec)
+    wrong = path.with_name("other.yaml")
+    path.rename(wrong)
+    with pytest.raises(MeetaraError, match="same name"):
+        load_domain(wrong)
+    (tmp_path / "nature").mkdir()
+    wrong.rename(tmp_path / "nature" / "animal_habits.yaml")
+    with pytest.raises(MeetaraError, match="is no category"):
+        Catalogue(tmp_path).select(["animal_habits"])
+
+
+def test_unknown_domains_get_the_nearest_names() -> None:
+    with pytest.raises(MeetaraError) as error:
+        Catalogue().select(["general_heath", "entrepreneurs"])
+    assert [fault.remedy for fault in error.value.faults] == [
+        "did you mean general_health?",
+        "did you mean entrepreneurship?",
+    ]
+    with pytest.raises(MeetaraError, match="no domain is given"):
+        Catalogue().select([])
+
+
+def test_the_digest_ignores_comments(tmp_path: Path, domain: Domain, spec: dict[str, Any]) -> None:
+    path = write_spec(tmp_path / "again", spec)
+    path.write_text("# a comment\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_domain(path).digest() == domain.digest()
+    spec["topics"][0]["statements"][0]["why"] = "Because they like it that way, as far as anyone can tell."
+    assert load_domain(write_spec(tmp_path / "changed", spec)).digest() != domain.digest()
