@@ -165,9 +165,9 @@ def _content_faults(domain: Domain, path: Path) -> Iterator[tuple[Key, str, str]
     for index, check in enumerate(domain.checks):
         if check.topic not in topics:
             yield ("checks", index, "topic"), f"{check.topic!r} is no topic", nearest(check.topic, topics)
-        for field in ("question", "good"):
-            if _plain(getattr(check, field)) in texts:
-                yield ("checks", index, field), "a held-out check stands in the statements", "word it differently"
+        for part in ("question", "good"):
+            if _plain(getattr(check, part)) in texts:
+                yield ("checks", index, part), "a held-out check stands in the statements", "word it differently"
         if len({_plain(text) for text in (check.good, *check.wrong)}) < 4:
             yield ("checks", index, "wrong"), "two answers of a check are the same", "change one fact in each"
 

@@ -299,3 +299,13 @@ def test_gguf_calls_that_matter_keep_their_signatures() -> None:
         "name", "tensor_shape", "tensor_dtype", "tensor_nbytes", "raw_dtype",
     ]  # fmt: skip
     assert "qtype" in inspect.signature(gguf.quants.quantize).parameters
+
+
+def test_our_reader_reads_what_ggufs_reads(made: Made) -> None:
+    from meetara_nb.gguf_factory.gguf_io import fields_of
+
+    theirs, ours = gguf.GGUFReader(made.base), open_gguf(made.base)
+    assert list(fields_of(theirs)) == list(fields_of(ours))
+    for a, b in zip(theirs.tensors, ours.tensors, strict=True):
+        assert (a.name, a.tensor_type, a.data_offset) == (b.name, b.tensor_type, b.data_offset)
+        np.testing.assert_array_equal(a.data, b.data)
