@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,8 +109,12 @@ def _execute(lab: Lab, notebook: str, domains: list[str], folder: Path) -> None:
     while target.exists():  # an earlier batch's
         target = folder / f"{notebook}_{number}.ipynb"
         number += 1
-    # Pipes instead of open TCP ports, where the system has them: other users of the machine cannot listen in.
-    config = Config() if os.name == "nt" else Config({"KernelManager": {"transport": "ipc"}})
+    sockets = tempfile.TemporaryDirectory(prefix="meetara-")
+    config = Config()
+    if os.name != "nt":
+        # Sockets of our own instead of open TCP ports: other users of the machine cannot listen in. Their default names
+        # are the same for every kernel of a folder, so that two runs would hear each other.
+        config = Config({"KernelManager": {"transport": "ipc", "ip": str(Path(sockets.name) / "kernel")}})
     try:
         papermill.execute_notebook(
             _escaped(source), _escaped(target), parameters=wanted, cwd=str(NOTEBOOKS), kernel_name="python3",
@@ -117,6 +122,8 @@ def _execute(lab: Lab, notebook: str, domains: list[str], folder: Path) -> None:
             autosave_cell_every=0, config=config,
         )  # fmt: skip
     except PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from None
         raise MeetaraError(f"{error.ename}: {error.evalue}".splitlines()[0], where=target) from None
     except (CellTimeoutError, DeadKernelError) as error:
         raise MeetaraError(
@@ -125,6 +132,7 @@ def _execute(lab: Lab, notebook: str, domains: list[str], folder: Path) -> None:
             remedy="run again: what is done stays done, training goes on from its last checkpoint",
         ) from None
     finally:
+        sockets.cleanup()
         lab.log.event("notebook", notebook=notebook, seconds=round(time.monotonic() - started, 1))
 
 

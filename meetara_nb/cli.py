@@ -201,10 +201,11 @@ def _lab(options: argparse.Namespace) -> int:
     from .environment import kernel_environment
     from .layout import NOTEBOOKS
 
+    # Jupyter refuses to run as root unless told, and in a container one is root.
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    command = [sys.executable, "-m", "jupyter", "lab", "--notebook-dir", str(NOTEBOOKS), *root, *options.arguments]
     with kernel_environment():
-        return subprocess.call(
-            [sys.executable, "-m", "jupyter", "lab", "--notebook-dir", str(NOTEBOOKS), *options.arguments]
-        )
+        return subprocess.call(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

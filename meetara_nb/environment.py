@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .runlog import size, table
+from .store import existing
 
 # glibc gives large buffers back to the system after every use; a training step on a CPU then spends a third of its
 # time getting them again. These keep them. They must be set before the process starts.
@@ -53,10 +54,7 @@ def describe(data_root: Path, models_root: Path, work_root: Path) -> str:
         ["libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)],
     ]
     for name, root in (("data", data_root), ("models", models_root), ("work", work_root)):
-        place = root
-        while not place.exists():
-            place = place.parent
-        rows.append([f"{name} root", f"{root} ({size(shutil.disk_usage(place).free)} free)"])
+        rows.append([f"{name} root", f"{root} ({size(shutil.disk_usage(existing(root)).free)} free)"])
     return table(rows, ["", ""])
 
 

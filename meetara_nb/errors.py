@@ -42,6 +42,10 @@ class MeetaraError(Exception):
         error.args = ("\n".join(str(fault) for fault in error.faults),)
         return error
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback."""
+        return [f"error: {fault}" for fault in self.faults]
+
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     """A remedy for a name that is not known: the closest known ones, or all if there are few."""

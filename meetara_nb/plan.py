@@ -13,7 +13,7 @@ from .params import RunParams, Scope
 from .quants import ADAPTER_TYPES
 from .runlog import RunLog, size, table
 from .stages import STAGES, Lab
-from .store import Manifests
+from .store import Manifests, existing
 
 
 def lora_parameters(lab: Lab) -> int:
@@ -78,11 +78,9 @@ def describe(lab: Lab) -> str:
     for domain in lab.domains:
         rows.append([domain.domain, *("done" if lab.manifest(s, domain) else "to do" for s in STAGES.values())])
     parts.append(table(rows, ["domain", *STAGES]))
-    root = Path(lab.layout.data_root)
-    while not root.exists():
-        root = root.parent
-    free = shutil.disk_usage(root).free
-    parts.append(f"Disk: at most {size(lab.needed_bytes())} needed, {size(free)} free at {lab.layout.data_root}")
+    for root, needed in zip((lab.layout.data_root, lab.layout.models_root), lab.needed_bytes(), strict=True):
+        free = shutil.disk_usage(existing(Path(root))).free
+        parts.append(f"Disk at {root}: at most {size(needed)} needed, {size(free)} free")
     return "\n\n".join(parts)
 
 

@@ -167,7 +167,7 @@ class Lab:
             lambda: check_writable(models, "models"),
             lambda: check_writable(Path(self.layout.work_root), "work"),
             lambda: checked_source(self.base),
-            lambda: check_space(data, self.needed_bytes(), "data"),
+            lambda: check_space(zip(("data", "models"), (data, models), self.needed_bytes(), strict=True)),
         ]
         for step in steps:
             try:
@@ -180,22 +180,21 @@ class Lab:
         if faults:
             raise MeetaraError.of(faults)
 
-    def needed_bytes(self) -> int:
-        """Disk that the run may take at most, for what is not there yet."""
-        weights = self.base.parameters
-        needed = 0
+    def needed_bytes(self) -> tuple[int, int]:
+        """Disk that the run may take at most for what is not there yet: under the data root, under the models root."""
+        weights, merged = self.base.parameters, "merged" in self.params.gguf.forms
+        data = models = 0
         if not Path(self.layout.base_work(self.params.base)).exists():
-            needed += 4 * weights
+            data += 4 * weights
         if self.manifests.read("base", "base", self.params.base) is None:
-            needed += 3 * weights
+            data += 3 * weights  # made in the work folder, then moved
+            models += 3 * weights
         todo = {d.domain for stage in STAGES.values() for d in self.pending(stage)}
-        for _ in todo:
-            needed += 150_000_000
-            if "merged" in self.params.gguf.forms:
-                needed += weights * len(self.params.gguf.quants)
         if todo:  # checkpoints and partial files of the one being worked on
-            needed += 300_000_000 + (4 * weights if "merged" in self.params.gguf.forms else 0)
-        return needed
+            data += 300_000_000 + (4 * weights if merged else 0)
+        data += 110_000_000 * len(todo)
+        models += (20_000_000 + (weights if merged else 0)) * len(self.params.gguf.quants) * len(todo)
+        return data, models
 
     # Doing it
 
@@ -430,6 +429,7 @@ def _make_evaluation(lab: Lab, domain: Domain, work: Path) -> Product:
         write_adapter(f16, lab.base.shape, pairs, level="F16", alpha=trained["lora"]["alpha"], header={})
     results: dict[str, Any] = {}
     for entry in lab.manifests_of(domain, "gguf")["gguf"]["facts"]["files"]:
+        lab.log.say(f"  {len(domain.checks)} checks, base and {entry['form']} {entry['quant']}: about a minute")
         form, quant = entry["form"], entry["quant"]
         merged = form == "merged"
         file = Path(lab.layout.domain_gguf(domain.category, domain.domain, quant, merged=merged))

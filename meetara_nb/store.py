@@ -14,11 +14,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import MeetaraError
+from .errors import Fault, MeetaraError
 from .layout import Layout
 
 Say = Callable[[str], None]
@@ -219,9 +219,7 @@ def locked(path: Path, holder: str, say: Say) -> Iterator[None]:
 
 def check_writable(root: Path, name: str) -> None:
     """Raises MeetaraError unless files can be made in `root` (or in the nearest folder above it that exists)."""
-    place = root
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = existing(root)
     try:
         if not place.is_dir():
             raise NotADirectoryError(20, "there is a file of that name")
@@ -235,15 +233,30 @@ def check_writable(root: Path, name: str) -> None:
         ) from None
 
 
-def check_space(root: Path, needed: int, name: str) -> None:
-    """Raises MeetaraError unless the disk that holds `root` has `needed` bytes free."""
-    place = root
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise MeetaraError(
-            f"too little disk: {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed",
-            where=root,
-            remedy=f"free some space, or choose another folder with --{name}-root",
-        )
+def existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def check_space(needs: Iterable[tuple[str, Path, int]]) -> None:
+    """Raises MeetaraError unless every disk has the bytes free that its roots need: (name, root, bytes)."""
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for need in needs:
+        disks.setdefault(existing(need[1]).stat().st_dev, []).append(need)
+    faults = []
+    for on_disk in disks.values():
+        needed = sum(need for _, _, need in on_disk)
+        free = shutil.disk_usage(existing(on_disk[0][1])).free
+        if free < needed:
+            options = " and ".join(f"--{name}-root" for name, _, _ in on_disk)
+            faults.append(
+                Fault(
+                    f"too little disk: {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed",
+                    str(on_disk[0][1]),
+                    f"free some space, or choose another disk with {options}",
+                )
+            )
+    if faults:
+        raise MeetaraError.of(faults)

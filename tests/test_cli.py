@@ -96,7 +96,7 @@ def test_roots_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_too_little_disk(run: Any, free_space: Any) -> None:
     free_space(100_000_000)
     status, (line,) = run("run", "--domains", "general_health")
-    assert status == 2 and "too little disk: 0.10 GB free" in line
+    assert status == 2 and "too little disk: 0.10 GB free" in line and "--data-root and --models-root" in line
 
 
 def test_a_damaged_source_of_the_base(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,19 @@ def test_a_trained_model_that_would_run_code_is_refused(tmp_path: Path) -> None:
         load_trained_model(path)
 
 
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    from meetara_nb.training.checkpoint import save_atomically
+
+    text = "".join(["to", "rch"])
+    weight = torch.arange(6.0).reshape(2, 3)
+    first = {"a": text, "b": [text, "torch"], "w": weight, "v": weight}
+    second = {"a": "torch", "b": ["".join(["torc", "h"]), text], "w": weight.clone(), "v": weight.T.clone().T}
+    for name, content in (("1", first), ("2", second)):
+        (tmp_path / name).mkdir()
+        save_atomically(content, tmp_path / name / "x.pt")
+    assert (tmp_path / "1" / "x.pt").read_bytes() == (tmp_path / "2" / "x.pt").read_bytes()
+
+
 def test_damaged_checkpoints_fall_back_to_the_one_before(tmp_path: Path) -> None:
     from meetara_nb.training.checkpoint import newest_whole, seal
 

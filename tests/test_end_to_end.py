@@ -227,10 +227,8 @@ def test_killed_runs_go_on_and_end_as_an_unbroken_one(
         process.communicate()
     status, text = made.run()
     assert status == 0, text
+    assert sha256_of(made.trained) == sha256_of(whole.trained), "weights, optimizer, losses: bit for bit"
     assert sha256_of(made.gguf) == sha256_of(whole.gguf)
-    ours, theirs = load_trained_model(made.trained), load_trained_model(whole.trained)
-    assert ours["losses"] == theirs["losses"]
-    assert all((ours["adapter"][name] == weight).all() for name, weight in theirs["adapter"].items())
     assert any(event["event"] == "resume" for event in made.events())
     assert not [path for path in made.tree() if path.endswith(".partial")]
 

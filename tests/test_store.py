@@ -185,9 +185,9 @@ def test_roots_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_too_little_disk(tmp_path: Path, free_space: Any) -> None:
     free_space(1_000_000_000)
-    store.check_space(tmp_path / "new", 900_000_000, "models")
-    with pytest.raises(MeetaraError, match=r"too little disk: 1.00 GB free, about 1.10 GB needed"):
-        store.check_space(tmp_path / "new", 1_100_000_000, "models")
+    store.check_space([("data", tmp_path / "a" / "b", 500_000_000), ("models", tmp_path, 400_000_000)])
+    with pytest.raises(MeetaraError, match=r"too little disk: 1\.00 GB free, about 1\.10 GB needed"):
+        store.check_space([("data", tmp_path / "a" / "b", 600_000_000), ("models", tmp_path, 500_000_000)])
 
 
 def test_the_digest_is_of_content() -> None:

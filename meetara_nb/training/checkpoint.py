@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,27 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def canonical(content: Any) -> Any:
+    """`content` built anew, so that equal content gives equal bytes.
+
+    Pickle writes an object that it meets a second time as a reference to the first; which equal texts are one object
+    differs between a run that was resumed and one that was not.
+    """
+    if isinstance(content, dict):
+        return {canonical(key): canonical(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(canonical(item) for item in content)
+    if isinstance(content, torch.Tensor):
+        return content.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return sys.intern(str(content)) if isinstance(content, str) else content
+
+
 def save_atomically(content: dict[str, Any], path: Path) -> None:
     """`torch.save` under a partial name, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        torch.save(content, file)
+        torch.save(canonical(content), file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
