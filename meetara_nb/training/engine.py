@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass
@@ -312,15 +313,16 @@ def _measured_step(model: Any, packs: Packs, params: TrainParams, where: device.
     sample: Sequence[list[Encoded]] = packs.packs[:4]
     plan = Plan(len(sample), 1, 1, 10_000, 0.0, "", "", {})
     clock = _Clock()
-    trial = AdapterTrainer(
-        model=model,
-        args=_arguments(None, plan, params, where),
-        train_dataset=list(sample),
-        data_collator=collate,
-        callbacks=[clock],
-    )
-    trial.remove_callback(PrinterCallback)
-    trial.train()
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved, but Trainer wants one
+        trial = AdapterTrainer(
+            model=model,
+            args=_arguments(Path(folder), plan, params, where, save=False),
+            train_dataset=list(sample),
+            data_collator=collate,
+            callbacks=[clock],
+        )
+        trial.remove_callback(PrinterCallback)
+        trial.train()
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, before)
@@ -346,9 +348,11 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.monotonic() - self._began)
 
 
-def _arguments(output: Path | None, plan: Plan, params: TrainParams, where: device.Device) -> TrainingArguments:
+def _arguments(
+    output: Path, plan: Plan, params: TrainParams, where: device.Device, *, save: bool = True
+) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(output) if output else None,
+        output_dir=str(output),
         max_steps=plan.steps,
         per_device_train_batch_size=1,
         learning_rate=params.learning_rate,
@@ -362,7 +366,7 @@ def _arguments(output: Path | None, plan: Plan, params: TrainParams, where: devi
         fp16=where.precision == "fp16",
         use_cpu=where.kind == "cpu",
         seed=params.seed,
-        save_strategy="steps" if output else "no",
+        save_strategy="steps" if save else "no",
         save_steps=plan.save_steps,
         save_total_limit=2,
         logging_strategy="steps",
