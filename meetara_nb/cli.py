@@ -57,8 +57,7 @@ def parser() -> argparse.ArgumentParser:
     status = add("status", "what there is of every domain: which stages are done, sizes and scores")
     _roots(status)
     status.set_defaults(work=_status)
-    lab = add("lab", "open JupyterLab on the notebooks, with the settings that training needs")
-    lab.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to `jupyter lab`")
+    lab = add("lab", "open JupyterLab on the notebooks; options that this does not know go to `jupyter lab`")
     lab.set_defaults(work=_lab)
     return top
 
@@ -203,14 +202,16 @@ def _lab(options: argparse.Namespace) -> int:
 
     # Jupyter refuses to run as root unless told, and in a container one is root.
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    command = [sys.executable, "-m", "jupyter", "lab", "--notebook-dir", str(NOTEBOOKS), *root, *options.arguments]
+    command = [sys.executable, "-m", "jupyter", "lab", "--notebook-dir", str(NOTEBOOKS), *root, *options.passed_on]
     with kernel_environment():
         return subprocess.call(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0; 1 where a domain failed; 2 for a wrong input; 130 when interrupted."""
-    options = parser().parse_args(arguments)
+    options, options.passed_on = parser().parse_known_args(arguments)
+    if options.passed_on and options.command != "lab":
+        parser().error(f"unrecognized arguments: {' '.join(options.passed_on)}")
     try:
         return int(options.work(options))
     except MeetaraError as error:

@@ -143,6 +143,16 @@ def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert end.value.code == 0 and len(capsys.readouterr().out) > 100
 
 
+def test_lab_passes_options_on_to_jupyter(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command: called.append(command) or 0)
+    assert cli.main(["lab", "--no-browser", "--port", "8899"]) == 0
+    assert called[0][1:4] == ["-m", "jupyter", "lab"] and called[0][-3:] == ["--no-browser", "--port", "8899"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["list", "--no-browser"])
+    assert end.value.code == 2
+
+
 def outside_python() -> str | None:
     """A Python that is not the one of this environment."""
     base = Path(sys.base_prefix) / ("python.exe" if sys.platform == "win32" else "bin/python3")
