@@ -122,6 +122,7 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_atomically(content, tmp_path / name / "x.pt")
     assert (tmp_path / "1" / "x.pt").read_bytes() == (tmp_path / "2" / "x.pt").read_bytes()
+    assert torch.equal(torch.load(tmp_path / "1" / "x.pt")["v"], weight)
 
 
 def test_damaged_checkpoints_fall_back_to_the_one_before(tmp_path: Path) -> None:

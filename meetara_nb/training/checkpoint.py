@@ -39,18 +39,26 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def canonical(content: Any) -> Any:
+SHARED_ELEMENTS = 4096
+
+
+def canonical(content: Any, tables: dict[tuple[Any, ...], torch.Tensor] | None = None) -> Any:
     """`content` built anew, so that equal content gives equal bytes.
 
-    Pickle writes an object that it meets a second time as a reference to the first; which equal texts are one object
-    differs between a run that was resumed and one that was not.
+    Pickle writes an object that it meets a second time as a reference to the first; which equal texts and tensors are
+    one object differs between a run that was resumed and one that was not. Here equal texts are one, and so are equal
+    small tensors: the 8-bit optimizer's tables, two for each of 420 matrices.
     """
+    tables = {} if tables is None else tables
     if isinstance(content, dict):
-        return {canonical(key): canonical(value) for key, value in content.items()}
+        return {canonical(key, tables): canonical(value, tables) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return type(content)(canonical(item) for item in content)
+        return type(content)(canonical(item, tables) for item in content)
     if isinstance(content, torch.Tensor):
-        return content.detach().cpu().clone(memory_format=torch.contiguous_format)
+        copy = content.detach().cpu().clone(memory_format=torch.contiguous_format)
+        if not 1 < copy.numel() <= SHARED_ELEMENTS:
+            return copy
+        return tables.setdefault((copy.dtype, tuple(copy.shape), copy.numpy().tobytes()), copy)
     return sys.intern(str(content)) if isinstance(content, str) else content
 
 
