@@ -209,9 +209,10 @@ def _lab(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0; 1 where a domain failed; 2 for a wrong input; 130 when interrupted."""
-    options, options.passed_on = parser().parse_known_args(arguments)
-    if options.passed_on and options.command != "lab":
-        parser().error(f"unrecognized arguments: {' '.join(options.passed_on)}")
+    options, passed_on = parser().parse_known_args(arguments)
+    if passed_on and options.command != "lab":
+        parser().error(f"unrecognized arguments: {' '.join(passed_on)}")
+    options.passed_on = passed_on
     try:
         return int(options.work(options))
     except MeetaraError as error:

@@ -108,15 +108,16 @@ def status(catalogue: Catalogue, layout: Layout) -> str:
 
 
 def _state(catalogue: Catalogue, name: str, layout: Layout, found: dict[str, dict | None]) -> list[str]:
-    recorded = next((m["facts"].get("params") for m in found.values() if m), None)
+    # Each stage is judged by the parameters it was run with: data may be older than what was trained on it.
+    recorded = {stage: m["facts"]["params"] for stage, m in found.items() if m}
+    params = {**next(iter(recorded.values())), **{s: recorded[s][s] for s in parameters.SECTIONS if s in recorded}}
     state = "done" if all(m and m.get("done") for m in found.values()) else "begun"
     try:
         domain = catalogue.load(name)
-        if recorded:
-            lab = Lab(layout, RunParams.model_validate(recorded), [domain], RunLog(None, ""), Manifests(layout))
-            missing = [stage for stage in STAGES if lab.manifest(STAGES[stage], domain) is None]
-            if missing:
-                state = f"{'stale' if found[missing[0]] else 'begun'} from {missing[0]}"
+        lab = Lab(layout, RunParams.model_validate(params), [domain], RunLog(None, ""), Manifests(layout))
+        missing = [stage for stage in STAGES if lab.manifest(STAGES[stage], domain) is None]
+        if missing:
+            state = f"{'stale' if found[missing[0]] else 'begun'} from {missing[0]}"
     except MeetaraError as error:
         state = f"spec faulty: {error.faults[0].what}"
     data, gguf, evaluated = (found[stage] for stage in ("data", "gguf", "evaluate"))

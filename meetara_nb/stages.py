@@ -131,7 +131,7 @@ class Lab:
 
         work = Path(self.layout.base_work(self.params.base))
         with locked(Path(self.layout.lock("base", "prepare")), self.log.run_id, self.log.say):
-            return prepare(self.base, work / "transformers")
+            return prepare(self.base, work / "transformers", self.log.say)
 
     # What is done
 
@@ -267,7 +267,7 @@ class Lab:
             key = digest_of(["base", BASE_VERSION, self.base.source.sha256, wanted])
             if done := self.manifests.current("base", "base", name, key):
                 return done
-            self.log.say(f"{name}: base as GGUF ({', '.join(wanted)})")
+            self.log.say(f"{name}: base as GGUF ({', '.join(wanted)}): about half a minute, once")
             gate = Gate(self.prepared_base, BASE_PROMPT, lambda file: Path(self.layout.rejected(file)))
             work = Path(self.layout.base_work(name)) / "gguf"
             made = make_base(self.base, checked_source(self.base), work, wanted, gate, name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MeetaraError
 from ..params import Base
-from ..store import sha256_of
+from ..store import Say, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def _pre_tokenizer(base: Base) -> Any:
     }[base.pre_tokenizer]
 
 
-def prepare(base: Base, folder: Path) -> Path:
+def prepare(base: Base, folder: Path, say: Say = print) -> Path:
     """The base as a transformers folder (config, fp32 weights, tokenizer) in `folder`; made once, 20 to 40 s.
 
     Reading a GGUF file takes transformers that long every time; the folder loads in two. The folder is named by the
@@ -83,6 +83,7 @@ def prepare(base: Base, folder: Path) -> Path:
     if final.is_dir():
         return final
     path = checked_source(base)
+    say(f"unpacking {base.title} for training: about half a minute, once")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

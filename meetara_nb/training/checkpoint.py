@@ -52,8 +52,10 @@ def canonical(content: Any, tables: dict[tuple[Any, ...], torch.Tensor] | None =
     tables = {} if tables is None else tables
     if isinstance(content, dict):
         return {canonical(key, tables): canonical(value, tables) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return type(content)(canonical(item, tables) for item in content)
+    if isinstance(content, list):
+        return [canonical(item, tables) for item in content]
+    if isinstance(content, tuple):
+        return tuple(canonical(item, tables) for item in content)
     if isinstance(content, torch.Tensor):
         copy = content.detach().cpu().clone(memory_format=torch.contiguous_format)
         if not 1 < copy.numel() <= SHARED_ELEMENTS:
