@@ -13,9 +13,10 @@ from typing import Any
 
 from . import environment
 from .errors import MeetaraError
+from .lab import Lab
 from .layout import NOTEBOOKS
 from .runlog import duration, size, table
-from .stages import STAGES, Lab, Stage
+from .stages import STAGES, Stage
 from .store import write_json
 
 SETUP = "00_setup"

@@ -111,8 +111,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _opened(options: argparse.Namespace) -> Any:
+    from .lab import Lab
     from .params import RunFile, load_run_file
-    from .stages import Lab
 
     file = load_run_file(options.params) if options.params else RunFile(domains=[])
     named = [name.strip() for name in options.domains.split(",") if name.strip()]
@@ -188,7 +188,7 @@ def _validate(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from . import plan
     from .catalogue import Catalogue
-    from .stages import layout_of
+    from .lab import layout_of
 
     print(plan.status(Catalogue(), layout_of(options.data_root, options.models_root)))
     return 0

@@ -8,11 +8,12 @@ from pathlib import Path
 from . import params as parameters
 from .catalogue import Catalogue
 from .errors import MeetaraError
+from .lab import Lab
 from .layout import Layout
 from .params import RunParams, Scope
 from .quants import ADAPTER_TYPES
 from .runlog import RunLog, size, table
-from .stages import STAGES, Lab
+from .stages import STAGES
 from .store import Manifests, existing
 
 

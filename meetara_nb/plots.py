@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .catalogue import Domain
+from .lab import Lab
 from .runlog import size
-from .stages import STAGES, Lab
+from .stages import STAGES
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#b8bec6"
 

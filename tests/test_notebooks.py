@@ -11,8 +11,9 @@ import papermill
 import pytest
 
 from meetara_nb import chain
+from meetara_nb.lab import Lab
 from meetara_nb.layout import NOTEBOOKS
-from meetara_nb.stages import STAGES, Lab
+from meetara_nb.stages import STAGES
 
 NAMES = [chain.SETUP, *(stage.notebook for stage in STAGES.values())]
 

@@ -19,7 +19,7 @@ ORDER = [
     "training.bases", "training.device", "training.collate", "training.checkpoint", "training.engine",
     "gguf_factory.child", "gguf_factory.gguf_io", "gguf_factory.adapter", "gguf_factory.convert", "gguf_factory.merge",
     "gguf_factory.runtime", "gguf_factory.quantize", "gguf_factory.verify", "gguf_factory.factory",
-    "evaluation", "metadata", "stages", "environment", "chain", "plan", "plots", "cli", "__main__",
+    "evaluation", "metadata", "stages", "lab", "environment", "chain", "plan", "plots", "cli", "__main__",
 ]  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -36,7 +36,11 @@ def imports_of(name: str, path: Path) -> set[str]:
     """The project's modules that a module imports, anywhere in it."""
     found = set()
     package = name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in list(ast.walk(tree)):  # what only type checkers import does not count
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             start = package[: len(package) - (node.level - 1)]
             module = ".".join([*start, *(node.module or "").split(".")]).strip(".")

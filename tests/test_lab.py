@@ -12,8 +12,9 @@ from conftest import write_spec
 from meetara_nb import plan
 from meetara_nb.catalogue import Catalogue
 from meetara_nb.errors import MeetaraError
+from meetara_nb.lab import Lab
 from meetara_nb.layout import Layout
-from meetara_nb.stages import STAGES, Lab
+from meetara_nb.stages import STAGES
 
 
 def opened(layout: Layout, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> Lab:

@@ -1,0 +1,287 @@
+"""A run: its parameters, folders and domains; what of it is done, and how a stage is done for a domain."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import layout as names
+from . import params as parameters
+from .catalogue import Catalogue, Domain
+from .errors import Fault, MeetaraError
+from .layout import Layout
+from .params import Base, RunParams
+from .runlog import RunLog, duration, new_run_id, size, table
+from .stages import RUN_BASE, STAGES, Stage
+from .store import Manifests, check_space, check_writable, digest_of, locked, read_json, write_json
+
+BASE_VERSION = 1
+# For the base's stop test.
+BASE_PROMPT = "You are a helpful assistant."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended for a domain: `done`, `skipped` (was done and unchanged) or `failed`."""
+
+    domain: str
+    state: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass
+class Lab:
+    """A run's parameters, folders and domains, and what can be done with them. Notebooks and the chain use it.
+
+    Make one with `Lab.open`.
+    """
+
+    layout: Layout
+    params: RunParams
+    domains: list[Domain]
+    log: RunLog
+    manifests: Manifests
+
+    @classmethod
+    def open(
+        cls,
+        domains: Sequence[str] = ("general_health",),
+        tier: str = "",
+        base: str = "",
+        overrides: dict[str, Any] | None = None,
+        data_root: str = "",
+        models_root: str = "",
+        run_id: str = "",
+        *,
+        catalogue: Catalogue | None = None,
+    ) -> Lab:
+        """Resolves and checks everything that a run is told; touches no file.
+
+        Args:
+            domains: Names of domains.
+            tier: A name from `params/tiers.yaml`; empty for its default.
+            base: A name from `params/bases.yaml`; empty for the scope's.
+            overrides: `section.name` -> value, over the tier's.
+            data_root, models_root: Folders; empty for `$MEETARA_DATA_ROOT` and `$MEETARA_MODELS_ROOT`, or `data` and
+                `models` in the project.
+            run_id: The run's folder under `data/logs/runs`; empty for a new one.
+            catalogue: Where the specs are; the project's when None.
+
+        Raises:
+            MeetaraError: Every fault of the parameters and of the domains' specs at once.
+        """
+        faults: list[Fault] = []
+        selected: list[Domain] = []
+        params = None
+        try:
+            params = parameters.resolve(tier, base, overrides)
+        except MeetaraError as error:
+            faults += error.faults
+        try:
+            selected = (catalogue or Catalogue()).select(domains)
+        except MeetaraError as error:
+            faults += error.faults
+        if faults or params is None:
+            raise MeetaraError.of(faults)
+        roots = layout_of(data_root, models_root)
+        run_id = run_id or new_run_id()
+        return cls(roots, params, selected, RunLog(Path(roots.run(run_id)), run_id), Manifests(roots))
+
+    @property
+    def base(self) -> Base:
+        return parameters.bases()[self.params.base]
+
+    @property
+    def prepared_base(self) -> Path:
+        """The base as a transformers folder; made where it is missing."""
+        from .training.bases import prepare
+
+        work = Path(self.layout.base_work(self.params.base))
+        with locked(Path(self.layout.lock("base", "prepare")), self.log.run_id, self.log.say):
+            return prepare(self.base, work / "transformers", self.log.say)
+
+    # What is done
+
+    def key(self, stage: Stage, domain: Domain) -> str | None:
+        """Hash of all that decides the stage's output; None where a stage before it is not done."""
+        inputs: dict[str, Any] = {"spec": domain.digest(), "base": [self.params.base, self.base.source.sha256]}
+        for name in stage.after:
+            before = self.manifest(STAGES[name], domain)
+            if before is None:
+                return None
+            inputs[name] = {ref: entry["sha256"] for ref, entry in before["outputs"].items()}
+        return digest_of([stage.name, stage.version, self.params.digest(*stage.sections), inputs])
+
+    def manifest(self, stage: Stage, domain: Domain) -> dict[str, Any] | None:
+        """The stage's manifest if it is done for these parameters and its files are untouched."""
+        key = self.key(stage, domain)
+        return self.manifests.current(stage.name, domain.category, domain.domain, key) if key else None
+
+    def pending(self, stage: Stage) -> list[Domain]:
+        return [domain for domain in self.domains if self.manifest(stage, domain) is None]
+
+    # Before a run
+
+    def check(self) -> None:
+        """Raises MeetaraError where the run cannot work: roots, disk, or a damaged base. Changes no file."""
+        from .training.bases import checked_source
+
+        faults: list[Fault] = []
+        data, models = Path(self.layout.data_root), Path(self.layout.models_root)
+        damaged = self.manifests.damaged("base", "base", self.params.base)
+        steps: list[Callable[[], Any]] = [
+            lambda: check_writable(data, "data"),
+            lambda: check_writable(models, "models"),
+            lambda: check_writable(Path(self.layout.work_root), "work"),
+            lambda: checked_source(self.base),
+            lambda: check_space(zip(("data", "models"), (data, models), self.needed_bytes(), strict=True)),
+        ]
+        for step in steps:
+            try:
+                step()
+            except MeetaraError as error:
+                faults += error.faults
+        for path in damaged:
+            remedy = "remove it and run again: it is made anew from the base's source"
+            faults.append(Fault("the base file is damaged: its content is not what was published", str(path), remedy))
+        if faults:
+            raise MeetaraError.of(faults)
+
+    def needed_bytes(self) -> tuple[int, int]:
+        """Disk that the run may take at most for what is not there yet: under the data root, under the models root."""
+        weights, merged = self.base.parameters, "merged" in self.params.gguf.forms
+        data = models = 0
+        if not Path(self.layout.base_work(self.params.base)).exists():
+            data += 4 * weights
+        if self.manifests.read("base", "base", self.params.base) is None:
+            data += 3 * weights  # made in the work folder, then moved
+            models += 3 * weights
+        todo = {d.domain for stage in STAGES.values() for d in self.pending(stage)}
+        if todo:  # checkpoints and partial files of the one being worked on
+            data += 300_000_000 + (4 * weights if merged else 0)
+        data += 110_000_000 * len(todo)
+        models += (20_000_000 + (weights if merged else 0)) * len(self.params.gguf.quants) * len(todo)
+        return data, models
+
+    # Doing it
+
+    def run(self, name: str) -> list[Outcome]:
+        """Runs a stage for every domain; one that fails is recorded and does not stop the others."""
+        stage = STAGES[name]
+        self.log.stage = name
+        return [self._run_one(stage, domain) for domain in self.domains]
+
+    def _run_one(self, stage: Stage, domain: Domain) -> Outcome:
+        started = time.monotonic()
+        try:
+            lock = Path(self.layout.lock(domain.category, domain.domain))
+            with locked(lock, f"run {self.log.run_id}", self.log.say):
+                key = self.key(stage, domain)
+                if key is None:
+                    missing = next(n for n in stage.after if self.manifest(STAGES[n], domain) is None)
+                    raise MeetaraError(
+                        f"what the stage {missing!r} makes is missing or stale",
+                        remedy=f"run {STAGES[missing].notebook} first, with the same parameters",
+                    )
+                if done := self.manifest(stage, domain):
+                    self.log.event("skipped", domain=domain.domain)
+                    self.log.say(f"{domain.domain}: {stage.makes} is done and unchanged")
+                    return Outcome(domain.domain, "skipped", done["facts"])
+                self.log.event("started", domain=domain.domain)
+                self.log.say(f"{domain.domain}: {stage.makes}")
+                work = self._work(stage, domain, key)
+                product = stage.make(self, domain, work)
+                seconds = round(time.monotonic() - started, 1)
+                facts = {**product.facts, "seconds": seconds, "params": self.params.model_dump(mode="json")}
+                manifest = self.manifests.publish(
+                    stage.name, domain.category, domain.domain, key=key, files=product.files, facts=facts,
+                    say=self.log.say,
+                )  # fmt: skip
+                shutil.rmtree(work)
+        except MeetaraError as error:
+            return self._failed(domain, str(error))
+        except Exception as error:
+            self.log.event("traceback", domain=domain.domain, traceback=traceback.format_exc())
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return self._failed(domain, f"unexpected {reason} -> the traceback is in {self.log.folder}/events.jsonl")
+        sizes = {ref.rpartition("/")[2]: entry["bytes"] for ref, entry in manifest["outputs"].items()}
+        self.log.event("done", domain=domain.domain, seconds=facts["seconds"], outputs_bytes=sizes)
+        made = ", ".join(f"{name} ({size(count)})" for name, count in sizes.items())
+        self.log.say(f"{domain.domain}: {made} in {duration(facts['seconds'])}")
+        return Outcome(domain.domain, "done", facts)
+
+    def _failed(self, domain: Domain, error: str) -> Outcome:
+        self.log.event("failed", domain=domain.domain, error=error)
+        self.log.say(f"{domain.domain}: FAILED: {error}")
+        return Outcome(domain.domain, "failed", error=error)
+
+    def _work(self, stage: Stage, domain: Domain, key: str) -> Path:
+        """The folder for unfinished work; emptied when what is to be made has changed."""
+        work = Path(self.layout.domain_work(domain.category, domain.domain)) / stage.name
+        if read_json(work / "key.json") != key:
+            shutil.rmtree(work, ignore_errors=True)
+            write_json(work / "key.json", key)
+        return work
+
+    def gguf_base(self) -> dict[str, Any]:
+        """The manifest of the base's GGUF files; makes them where they are missing."""
+        from .gguf_factory.factory import Gate, make_base
+        from .training.bases import checked_source
+
+        name = self.params.base
+        with locked(Path(self.layout.lock("base", "gguf")), f"run {self.log.run_id}", self.log.say):
+            wanted = ["F16", RUN_BASE]
+            key = digest_of(["base", BASE_VERSION, self.base.source.sha256, wanted])
+            if done := self.manifests.current("base", "base", name, key):
+                return done
+            self.log.say(f"{name}: base as GGUF ({', '.join(wanted)}): about half a minute, once")
+            gate = Gate(self.prepared_base, BASE_PROMPT, lambda file: Path(self.layout.rejected(file)))
+            work = Path(self.layout.base_work(name)) / "gguf"
+            made = make_base(self.base, checked_source(self.base), work, wanted, gate, name)
+            manifest = self.manifests.publish(
+                "base", "base", name, key=key, say=self.log.say,
+                files={m.path: Path(self.layout.base(name, quant)) for quant, m in made.items()},
+                facts={
+                    "quants": wanted,
+                    "weights_sha256": made["F16"].facts["weights_sha256"],
+                    "files": [m.facts for m in made.values()],
+                },
+            )  # fmt: skip
+            self.log.event("base", base=name, quants=wanted)
+            return manifest
+
+    def manifests_of(self, domain: Domain, *stages: str) -> dict[str, dict[str, Any]]:
+        """The manifests of finished stages, by name.
+
+        Raises:
+            MeetaraError: One of them is not done.
+        """
+        found = {}
+        for name in stages:
+            manifest = self.manifest(STAGES[name], domain)
+            if manifest is None:
+                raise MeetaraError(f"the stage {name!r} is not done", remedy=f"run {STAGES[name].notebook} first")
+            found[name] = manifest
+        return found
+
+    def outcomes(self, outcomes: Sequence[Outcome]) -> str:
+        """A stage's outcomes as a table."""
+        rows = [
+            [o.domain, o.state, duration(o.facts["seconds"]) if "seconds" in o.facts else "", o.error] for o in outcomes
+        ]
+        return table(rows, ["domain", "state", "time", "error"])
+
+
+def layout_of(data_root: str = "", models_root: str = "") -> Layout:
+    """The layout for these roots, or for those of the environment, or for the project's own folders."""
+    data = Path(data_root or os.environ.get("MEETARA_DATA_ROOT") or names.PROJECT / "data").expanduser().absolute()
+    models = models_root or os.environ.get("MEETARA_MODELS_ROOT") or names.PROJECT / "models"
+    work = os.environ.get("MEETARA_WORK_ROOT") or data / ".work"
+    return Layout(data, Path(models).expanduser().absolute(), Path(work).expanduser().absolute())
