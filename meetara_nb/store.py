@@ -7,6 +7,7 @@ does not vouch for is not ours: it is moved to `models/gguf/legacy/`, never trus
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -70,7 +71,7 @@ def move(source: Path, final: Path) -> None:
         source.replace(final)
         return
     except OSError as error:
-        if error.errno != 18:  # EXDEV, "Invalid cross-device link"
+        if error.errno != errno.EXDEV:
             raise
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
