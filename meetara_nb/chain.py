@@ -15,6 +15,7 @@ from . import environment
 from .errors import MeetaraError
 from .lab import Lab
 from .layout import NOTEBOOKS
+from .params import SECTIONS
 from .runlog import duration, size, table
 from .stages import STAGES, Stage
 from .store import write_json
@@ -139,7 +140,7 @@ def _execute(lab: Lab, notebook: str, domains: list[str], folder: Path) -> None:
 
 def parameters_of(lab: Lab, domains: list[str]) -> dict[str, Any]:
     """What every stage notebook is given."""
-    sections = {s: getattr(lab.params, s).model_dump(mode="json") for s in ("data", "train", "gguf", "evaluate")}
+    sections = {s: getattr(lab.params, s).model_dump(mode="json") for s in SECTIONS}
     return {
         "domains": domains,
         "tier": lab.params.tier,

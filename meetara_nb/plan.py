@@ -34,14 +34,17 @@ def sizes(lab: Lab) -> list[tuple[str, int, Scope, bool]]:
             if form == "adapter":
                 predicted = adapter_bytes(lab.base.shape, lab.params.train.lora_rank, quant)
             else:
-                predicted = int(lab.base.parameters * MERGED_BYTES.get(quant, 1.0))
+                predicted = int(lab.base.parameters * MERGED_BYTES[quant])
             found.append((f"{form} {quant}", predicted, scope, scope.fits(predicted)))
     return found
 
 
-# Bytes for each parameter of the 135M base at each level, its quantised embedding included; measured.
-MERGED_BYTES = {"F32": 4.01, "F16": 2.01, "BF16": 2.01, "Q8_0": 1.08, "Q6_K": 1.03, "Q5_K_M": 0.83, "Q5_K_S": 0.82,
-                "Q4_K_M": 0.78, "Q4_K_S": 0.76, "Q3_K_M": 0.70, "Q2_K": 0.66}  # fmt: skip
+# Bytes for each parameter of the 135M base, quantised to each level by llama.cpp; measured.
+MERGED_BYTES = {
+    "F32": 4.013, "F16": 2.014, "BF16": 2.014, "Q8_0": 1.077, "Q6_K": 1.029, "Q5_K_M": 0.833,
+    "Q5_K_S": 0.818, "Q5_1": 0.83, "Q5_0": 0.781, "Q4_K_M": 0.784, "Q4_K_S": 0.759, "Q4_1": 0.731,
+    "Q4_0": 0.682, "Q3_K_L": 0.725, "Q3_K_M": 0.695, "Q3_K_S": 0.656, "Q2_K": 0.656,
+}  # fmt: skip
 
 
 def describe(lab: Lab) -> str:

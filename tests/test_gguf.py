@@ -16,7 +16,7 @@ from peft import get_peft_model_state_dict
 from meetara_nb.errors import MeetaraError
 from meetara_nb.gguf_factory import adapter, convert, merge, quantize, verify
 from meetara_nb.gguf_factory.child import run_child
-from meetara_nb.gguf_factory.gguf_io import decode, open_gguf
+from meetara_nb.gguf_factory.gguf_io import decode, open_gguf, tensors_like
 from meetara_nb.gguf_factory.runtime import Runtime, log_softmax
 from meetara_nb.metadata import modelfile
 from meetara_nb.quants import ADAPTER_TYPES, LEVELS
@@ -235,6 +235,26 @@ def test_the_gate_sees_wrong_keys_and_tensors(made: Made, candidate: Path) -> No
         check(made, candidate, tensors=made.tensors["F16"])
     with pytest.raises(MeetaraError, match="1 tensors are too many"):
         check(made, candidate, tensors=made.tensors["Q4_K_M"][1:])
+
+
+def test_the_gate_compares_a_whole_models_tensors_by_name_and_shape(made: Made, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    path = tmp_path / "q8.gguf"
+    quantize.quantize(made.base, path, "Q8_0")
+    like = tensors_like(made.base)
+    keys: dict[str, Any] = {"general.type": "model"}
+    for tensors, message in (
+        ([replace(like[0], shape=(1, 2)), *like[1:]], "is .*, expected"),
+        ([*like, replace(like[0], name="blk.9.none.weight")], "1 tensors are missing"),
+        ([replace(t, kind="F16") for t in like], "expected .*F16"),
+    ):
+        with pytest.raises(MeetaraError, match=message):
+            check(made, path, tensors=tensors, keys=keys, base=None)
+    # What fails then is a later check: there is no tokenizer folder to compare with.
+    with pytest.raises(MeetaraError) as error:
+        check(made, path, tensors=like, keys=keys, base=None)
+    assert "tensor" not in str(error.value).replace("safetensors", "")
 
 
 def test_the_gate_sees_an_adapter_without_effect(made: Made, tmp_path: Path) -> None:

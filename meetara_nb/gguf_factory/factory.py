@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..params import Base
 from ..quants import LEVELS
 from ..store import move, sha256_of
 from . import adapter, convert, merge, quantize
-from .gguf_io import TensorPlan
+from .gguf_io import TensorPlan, TensorSpec, tensors_like
 from .verify import verify
 
 Header = dict[str, str | int | float]
@@ -53,7 +53,7 @@ class Gate:
         *,
         form: str,
         quant: str,
-        tensors: list[TensorPlan] | None,
+        tensors: Sequence[TensorPlan | TensorSpec],
         keys: Header,
         base: Path | None = None,
     ) -> Made:
@@ -107,13 +107,16 @@ def make_base(base: Base, source: Path, work: Path, quants: list[str], gate: Gat
         "general.type": "model",
         "tokenizer.ggml.pre": base.pre_tokenizer,
     }
+    quantised = tensors_like(source)
+    plain = [replace(t, kind="F32" if len(t.shape) == 1 else "F16") for t in quantised]
     made = {}
     for quant in ["F16", *(quant for quant in quants if quant != "F16")]:
         path = work / f"{quant}.gguf"
         if quant != "F16":
             quantize.quantize(f16, path, quant)
         level = {**keys, "general.file_type": LEVELS[quant]}
-        made[quant] = gate.check(path, f"{name}_{quant}.gguf", form="base", quant=quant, tensors=None, keys=level)
+        tensors = plain if quant == "F16" else quantised
+        made[quant] = gate.check(path, f"{name}_{quant}.gguf", form="base", quant=quant, tensors=tensors, keys=level)
     made["F16"].facts["weights_sha256"] = weights_sha256
     return made
 
@@ -149,10 +152,11 @@ def make_merged(
     f16 = work / "merged_F16.gguf"
     pairs = adapter.lora_pairs(trained["adapter"], base.shape)
     merge.merge(base_f16, pairs, f16, alpha=float(trained["lora"]["alpha"]), header=header)
+    tensors = tensors_like(base_f16)
     made = {}
     for quant in quants:
         path = work / f"merged_model_{quant}.gguf"
         quantize.quantize(f16, path, quant)
-        made[quant] = gate.check(path, names[quant], form="merged", quant=quant, tensors=None, keys=header)
+        made[quant] = gate.check(path, names[quant], form="merged", quant=quant, tensors=tensors, keys=header)
     f16.unlink()
     return made

@@ -34,6 +34,15 @@ class TensorPlan:
     make: Callable[[], Array]
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that a file must have; `kind` None where llama.cpp chooses the type."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str | None
+
+
 class _Reader(gguf.GGUFReader):
     """gguf's reader with a faster `_get`: a header with a vocabulary makes half a million calls of it.
 
@@ -59,6 +68,11 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
         raise MeetaraError("no such file", where=path, remedy="run again") from None
     except (ValueError, IndexError, OverflowError, KeyError) as error:
         raise MeetaraError(f"damaged or no GGUF file ({error})", where=path, remedy="remove it and run again") from None
+
+
+def tensors_like(path: Path) -> list[TensorSpec]:
+    """Names and shapes of a file's tensors, which every quantisation of it must have."""
+    return [TensorSpec(t.name, tuple(int(n) for n in reversed(t.shape)), None) for t in open_gguf(path).tensors]
 
 
 def fields_of(reader: gguf.GGUFReader, *, without: Sequence[str] = ()) -> Iterator[tuple[str, Any, Any, Any]]:

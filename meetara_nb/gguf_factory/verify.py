@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import MeetaraError
 from ..store import sha256_of
 from .child import run_child, serve_child
-from .gguf_io import TensorPlan, open_gguf
+from .gguf_io import TensorPlan, TensorSpec, open_gguf
 
 # Texts on which tokenizers differ: spaces, digits, accents, scripts, combining marks, emoji, code, special tokens.
 AWKWARD = (
@@ -48,7 +48,7 @@ def verify(
     path: Path,
     *,
     sha256: str,
-    tensors: Sequence[TensorPlan] | None,
+    tensors: Sequence[TensorPlan | TensorSpec],
     keys: Mapping[str, str | int | float],
     prepared: Path,
     system_prompt: str,
@@ -59,8 +59,7 @@ def verify(
     Args:
         path: The file, still under its partial name.
         sha256: Of the bytes that were written.
-        tensors: Every tensor it must have; None for a file that llama.cpp quantised, where `keys` and the loading
-            decide.
+        tensors: Every tensor it must have: name, shape, and type where it is not llama.cpp's choice.
         keys: Header fields it must have, with their values.
         prepared: The base as a transformers folder: its tokenizer and template are what the file must agree with.
         system_prompt: For the stop test.
@@ -75,7 +74,7 @@ def verify(
     request = {
         "path": str(path),
         "sha256": sha256,
-        "tensors": None if tensors is None else [[t.name, list(t.shape), t.kind] for t in tensors],
+        "tensors": [[t.name, list(t.shape), t.kind] for t in tensors],
         "keys": dict(keys),
         "prepared": str(prepared),
         "system_prompt": system_prompt,
@@ -90,7 +89,7 @@ def verify(
 def _verify(
     path: str,
     sha256: str,
-    tensors: list[list[Any]] | None,
+    tensors: list[list[Any]],
     keys: dict[str, Any],
     prepared: str,
     system_prompt: str,
@@ -119,7 +118,7 @@ def _hash(file: Path, sha256: str) -> list[tuple[str, str]]:
     return [("hash", sha256)]
 
 
-def _structure(file: Path, tensors: list[list[Any]] | None, keys: dict[str, Any]) -> list[tuple[str, str]]:
+def _structure(file: Path, tensors: list[list[Any]], keys: dict[str, Any]) -> list[tuple[str, str]]:
     with file.open("rb") as opened:
         magic = opened.read(4)
     if magic != b"GGUF":
@@ -134,15 +133,15 @@ def _structure(file: Path, tensors: list[list[Any]] | None, keys: dict[str, Any]
     found_tensors = {
         tensor.name: ([int(n) for n in reversed(tensor.shape)], tensor.tensor_type.name) for tensor in reader.tensors
     }
-    if tensors is not None:
-        expected = {name: (shape, kind) for name, shape, kind in tensors}
-        if missing := expected.keys() - found_tensors.keys():
-            raise MeetaraError(f"{len(missing)} tensors are missing, {sorted(missing)[0]!r} among them")
-        if extra := found_tensors.keys() - expected.keys():
-            raise MeetaraError(f"{len(extra)} tensors are too many, {sorted(extra)[0]!r} among them")
-        for name, (shape, kind) in expected.items():
-            if found_tensors[name] != (shape, kind):
-                raise MeetaraError(f"the tensor {name!r} is {found_tensors[name]}, expected {(shape, kind)}")
+    expected = {name: (shape, kind) for name, shape, kind in tensors}
+    if missing := expected.keys() - found_tensors.keys():
+        raise MeetaraError(f"{len(missing)} tensors are missing, {sorted(missing)[0]!r} among them")
+    if extra := found_tensors.keys() - expected.keys():
+        raise MeetaraError(f"{len(extra)} tensors are too many, {sorted(extra)[0]!r} among them")
+    for name, (shape, kind) in expected.items():
+        found_shape, found_kind = found_tensors[name]
+        if found_shape != shape or kind not in (None, found_kind):
+            raise MeetaraError(f"the tensor {name!r} is {found_tensors[name]}, expected {(shape, kind)}")
     types = Counter(kind for _, kind in found_tensors.values())
     return [("header", f"{len(keys)} keys"), ("tensors", json.dumps(dict(types.most_common())))]
 
