@@ -51,11 +51,29 @@ class Mistake(Strict):
     truth: Text
 
 
+class Option(Strict):
+    """One side of a decision, and when it fits."""
+
+    name: Text
+    fits: Text
+
+
+class Decision(Strict):
+    """Two or three things that people weigh against each other or mix up, and what decides between them."""
+
+    id: Name
+    ask: Annotated[list[Text], Field(min_length=3)]
+    options: Annotated[list[Option], Field(min_length=2, max_length=3)]
+    verdict: Text
+    also: Annotated[list[Text], Field(min_length=1)]
+
+
 class Topic(Strict):
     id: Name
     name: Text
     statements: Annotated[list[Statement], Field(min_length=1)]
     mistakes: list[Mistake] = []
+    decisions: list[Decision] = []
 
 
 class Persona(Strict):
@@ -86,6 +104,13 @@ class Neighbour(Strict):
     reply: Annotated[list[Text], Field(min_length=1)]
 
 
+class Beyond(Strict):
+    """Questions for a verdict on the person's own case, which general advice must not give, and replies that say so."""
+
+    asks: Annotated[list[Text], Field(min_length=6)]
+    replies: Annotated[list[Text], Field(min_length=3)]
+
+
 class Check(Strict):
     """A held-out question: a good answer, and three that differ from it in one fact. Never used to compose."""
 
@@ -111,6 +136,7 @@ class Domain(Strict):
     topic_forms: Annotated[list[Text], Field(min_length=2)]
     red_flags: list[RedFlag] = []
     neighbours: list[Neighbour] = []
+    beyond: Beyond | None = None
     outside: Annotated[list[Text], Field(min_length=1)]
     outside_reply: Annotated[list[Text], Field(min_length=1)]
     topics: Annotated[list[Topic], Field(min_length=2)]
@@ -183,6 +209,10 @@ def _repeats(domain: Domain) -> Iterator[tuple[Key, str, str]]:
             keyed += [((*place, "also", n), text) for n, text in enumerate(statement.also)]
             keyed += [((*place, "ask", n), text) for n, text in enumerate(statement.ask)]
             keyed.append(((*place, "say"), statement.say))
+        for d, decision in enumerate(topic.decisions):
+            place = ("topics", t, "decisions", d)
+            keyed.append(((*place, "id"), decision.id))
+            keyed += [((*place, "ask", n), text) for n, text in enumerate(decision.ask)]
         for key, text in keyed:
             seen[_plain(text)] += 1
             if seen[_plain(text)] == 2:

@@ -15,7 +15,6 @@ from . import environment
 from .errors import MeetaraError
 from .lab import Lab
 from .layout import NOTEBOOKS
-from .params import SECTIONS
 from .runlog import duration, size, table
 from .stages import STAGES, Stage
 from .store import write_json
@@ -43,8 +42,9 @@ def run(lab: Lab, *, batch_size: int = 0) -> dict[str, str]:
         return {}
     started = time.monotonic()
     folder = Path(lab.layout.runs) / lab.log.run_id
-    write_json(folder / "params.json", {"domains": names, **lab.params.model_dump(mode="json")})
-    lab.log.event("run started", domains=names, tier=lab.params.tier, base=lab.params.base)
+    resolved = {name: params.model_dump(mode="json") for name, params in lab.params.items()}
+    write_json(folder / "params.json", {"domains": names, **vars(lab.asked), "resolved": resolved})
+    lab.log.event("run started", domains=names, **vars(lab.asked))
     lab.log.say(f"run {lab.log.run_id}: {', '.join(names)}; notebooks and events in {folder}")
     failed: dict[str, str] = {}
     with environment.kernel_environment():
@@ -140,12 +140,9 @@ def _execute(lab: Lab, notebook: str, domains: list[str], folder: Path) -> None:
 
 def parameters_of(lab: Lab, domains: list[str]) -> dict[str, Any]:
     """What every stage notebook is given."""
-    sections = {s: getattr(lab.params, s).model_dump(mode="json") for s in SECTIONS}
     return {
         "domains": domains,
-        "tier": lab.params.tier,
-        "base": lab.params.base,
-        "overrides": {f"{section}.{name}": value for section, all_ in sections.items() for name, value in all_.items()},
+        **vars(lab.asked),
         "data_root": str(lab.layout.data_root),
         "models_root": str(lab.layout.models_root),
         "run_id": lab.log.run_id,

@@ -74,7 +74,7 @@ def _selection(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--domains", default="", metavar="A[,B]", help="domains, separated by commas")
     add("--params", type=Path, metavar="FILE", help="a run file that names domains, tier, base and overrides")
-    add("--tier", default="", help="how much data and training: smoke, fast, balanced, quality (default: fast)")
+    add("--tier", default="", help="how much data and training: smoke, fast, balanced, quality (default: by category)")
     add("--base", default="", help="a base model of params/bases.yaml")
     add("--max-minutes", type=float, metavar="N", help="training time for each domain (default on a CPU: 6)")
     add("--max-steps", type=int, metavar="N", help="train exactly so many steps instead of planning by time")

@@ -14,7 +14,7 @@ from typing import Any
 from . import layout as names
 from . import params as parameters
 from .catalogue import Catalogue, Domain
-from .errors import Fault, MeetaraError
+from .errors import Fault, MeetaraError, nearest
 from .layout import Layout
 from .params import Base, RunParams
 from .runlog import RunLog, duration, new_run_id, size, table
@@ -36,15 +36,25 @@ class Outcome:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Tier, base and overrides as the user gave them; what they come to depends on the domain."""
+
+    tier: str = ""
+    base: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Lab:
-    """A run's parameters, folders and domains, and what can be done with them. Notebooks and the chain use it.
+    """A run's domains, their parameters, its folders, and what can be done with them. Notebooks and the chain use it.
 
     Make one with `Lab.open`.
     """
 
     layout: Layout
-    params: RunParams
+    asked: Asked
+    params: dict[str, RunParams]
     domains: list[Domain]
     log: RunLog
     manifests: Manifests
@@ -77,33 +87,49 @@ class Lab:
         Raises:
             MeetaraError: Every fault of the parameters and of the domains' specs at once.
         """
+        catalogue = catalogue or Catalogue()
+        asked = Asked(tier, base, dict(overrides or {}))
         faults: list[Fault] = []
         selected: list[Domain] = []
-        params = None
         try:
-            params = parameters.resolve(tier, base, overrides)
+            selected = catalogue.select(domains)
         except MeetaraError as error:
             faults += error.faults
-        try:
-            selected = (catalogue or Catalogue()).select(domains)
-        except MeetaraError as error:
-            faults += error.faults
-        if faults or params is None:
-            raise MeetaraError.of(faults)
+        resolved = {}
+        # Wrong parameters are reported even where no domain could be read.
+        wanted: list[tuple[str, str]] = [(domain.domain, domain.category) for domain in selected]
+        for name, category in wanted or [("", "")]:
+            try:
+                resolved[name] = parameters.resolve(tier, base, overrides, domain=name, category=category)
+            except MeetaraError as error:
+                faults += error.faults
+        for key in asked.overrides:
+            whose = key.split(".")[0]
+            if key.count(".") == 2 and whose not in catalogue.files:
+                faults.append(Fault(f"{whose!r} is no domain", key, nearest(whose, catalogue.files)))
+        if faults:
+            raise MeetaraError.of(dict.fromkeys(faults))
         roots = layout_of(data_root, models_root)
         run_id = run_id or new_run_id()
-        return cls(roots, params, selected, RunLog(Path(roots.run(run_id)), run_id), Manifests(roots))
+        return cls(roots, asked, resolved, selected, RunLog(Path(roots.run(run_id)), run_id), Manifests(roots))
+
+    def params_of(self, domain: Domain) -> RunParams:
+        return self.params[domain.domain]
+
+    @property
+    def base_name(self) -> str:
+        return next(iter(self.params.values())).base
 
     @property
     def base(self) -> Base:
-        return parameters.bases()[self.params.base]
+        return parameters.bases()[self.base_name]
 
     @property
     def prepared_base(self) -> Path:
         """The base as a transformers folder; made where it is missing."""
         from .training.bases import prepare
 
-        work = Path(self.layout.base_work(self.params.base))
+        work = Path(self.layout.base_work(self.base_name))
         with locked(Path(self.layout.lock("base", "prepare")), self.log.run_id, self.log.say):
             return prepare(self.base, work / "transformers", self.log.say)
 
@@ -111,13 +137,13 @@ class Lab:
 
     def key(self, stage: Stage, domain: Domain) -> str | None:
         """Hash of all that decides the stage's output; None where a stage before it is not done."""
-        inputs: dict[str, Any] = {"spec": domain.digest(), "base": [self.params.base, self.base.source.sha256]}
+        inputs: dict[str, Any] = {"spec": domain.digest(), "base": [self.base_name, self.base.source.sha256]}
         for name in stage.after:
             before = self.manifest(STAGES[name], domain)
             if before is None:
                 return None
             inputs[name] = {ref: entry["sha256"] for ref, entry in before["outputs"].items()}
-        return digest_of([stage.name, stage.version, self.params.digest(*stage.sections), inputs])
+        return digest_of([stage.name, stage.version, self.params_of(domain).digest(*stage.sections), inputs])
 
     def manifest(self, stage: Stage, domain: Domain) -> dict[str, Any] | None:
         """The stage's manifest if it is done for these parameters and its files are untouched."""
@@ -135,7 +161,7 @@ class Lab:
 
         faults: list[Fault] = []
         data, models = Path(self.layout.data_root), Path(self.layout.models_root)
-        damaged = self.manifests.damaged("base", "base", self.params.base)
+        damaged = self.manifests.damaged("base", "base", self.base_name)
         steps: list[Callable[[], Any]] = [
             lambda: check_writable(data, "data"),
             lambda: check_writable(models, "models"),
@@ -156,18 +182,20 @@ class Lab:
 
     def needed_bytes(self) -> tuple[int, int]:
         """Disk that the run may take at most for what is not there yet: under the data root, under the models root."""
-        weights, merged = self.base.parameters, "merged" in self.params.gguf.forms
-        data = models = 0
-        if not Path(self.layout.base_work(self.params.base)).exists():
+        weights = self.base.parameters
+        data = models = largest = 0
+        if not Path(self.layout.base_work(self.base_name)).exists():
             data += 4 * weights
-        if self.manifests.read("base", "base", self.params.base) is None:
+        if self.manifests.read("base", "base", self.base_name) is None:
             data += 3 * weights  # made in the work folder, then moved
             models += 3 * weights
-        todo = {d.domain for stage in STAGES.values() for d in self.pending(stage)}
-        if todo:  # checkpoints and partial files of the one being worked on
-            data += 300_000_000 + (4 * weights if merged else 0)
-        data += 110_000_000 * len(todo)
-        models += (20_000_000 + (weights if merged else 0)) * len(self.params.gguf.quants) * len(todo)
+        todo = {d.domain: self.params_of(d).gguf for stage in STAGES.values() for d in self.pending(stage)}
+        for gguf in todo.values():
+            merged = "merged" in gguf.forms
+            # Checkpoints and partial files of the one being worked on.
+            largest = max(largest, 300_000_000 + (4 * weights if merged else 0))
+            models += (20_000_000 + (weights if merged else 0)) * len(gguf.quants)
+        data += 110_000_000 * len(todo) + largest
         return data, models
 
     # Doing it
@@ -199,7 +227,7 @@ class Lab:
                 work = self._work(stage, domain, key)
                 product = stage.make(self, domain, work)
                 seconds = round(time.monotonic() - started, 1)
-                facts = {**product.facts, "seconds": seconds, "params": self.params.model_dump(mode="json")}
+                facts = {**product.facts, "seconds": seconds, "params": self.params_of(domain).model_dump(mode="json")}
                 manifest = self.manifests.publish(
                     stage.name, domain.category, domain.domain, key=key, files=product.files, facts=facts,
                     say=self.log.say,
@@ -235,7 +263,7 @@ class Lab:
         from .gguf_factory.factory import Gate, make_base
         from .training.bases import checked_source
 
-        name = self.params.base
+        name = self.base_name
         with locked(Path(self.layout.lock("base", "gguf")), f"run {self.log.run_id}", self.log.say):
             wanted = ["F16", RUN_BASE]
             key = digest_of(["base", BASE_VERSION, self.base.source.sha256, wanted])

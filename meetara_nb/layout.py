@@ -87,6 +87,10 @@ class Layout:
         """The record that a stage is done for a domain (or a base, under the category `base`)."""
         return self.logs / "manifests" / checked_name(category) / f"{name}.{stage}.json"
 
+    def dropped(self, category: str, domain: str) -> PurePath:
+        """Some of the drafts that were not kept for the training data, with their reasons."""
+        return self.logs / "dropped" / checked_name(category) / f"{checked_name(domain)}_dropped.jsonl"
+
     def figures(self, category: str, domain: str) -> PurePath:
         """Every figure of the newest evaluation; the metadata names this file by its hash."""
         return self.logs / "evaluations" / checked_name(category) / f"{checked_name(domain)}_evaluation.json"

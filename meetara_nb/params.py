@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from . import layout
 from .errors import Fault, MeetaraError, nearest
@@ -18,17 +19,62 @@ from .yamlfile import Strict, load_model, parse_model
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+Kind = Literal[
+    "answer", "steps", "scenario", "follow_up", "conversation", "pair", "overview",
+    "mistake", "decision", "red_flag", "handover", "beyond", "outside",
+]  # fmt: skip
+Weight = Annotated[float, Field(ge=0, le=1_000)]
+
+
 class DataParams(Strict):
     """How training data is made."""
 
+    source: Literal["grounded", "teacher"] = "grounded"
+    """grounded: composed from the statements alone; teacher: single questions and answers worded anew by a model."""
     samples: Annotated[int, Field(ge=10, le=100_000)] = 5_000
     """Samples to keep for a domain, after every filter."""
     seed: int = 17
     """The same seed and spec give the same bytes."""
+    kinds: dict[Kind, Weight] = {
+        "answer": 24.0, "steps": 8.0, "scenario": 10.0, "follow_up": 14.0, "conversation": 10.0, "pair": 8.0,
+        "overview": 4.0, "mistake": 7.0, "decision": 6.0, "red_flag": 4.0, "handover": 2.0, "beyond": 1.5,
+        "outside": 1.5,
+    }  # fmt: skip
+    """Kind of sample -> weight. A kind that the spec has no more new samples of gives its share to the others."""
+    misspelt: Share = 0.1
+    """Share of the samples whose questions are typed in a hurry."""
+    unsupported: Share = 0.1
+    """Share of the content words of an answer that may be missing in the statements it is made of."""
     near_duplicate: Share = 0.8
     """Answers whose word 5-grams have this Jaccard similarity or more count as one."""
     decontamination_words: Annotated[int, Field(ge=4, le=50)] = 8
     """A sample that shares this many words in a row with a held-out check is dropped."""
+
+
+class TeacherParams(Strict):
+    """A model that words questions and answers; counts only where `data.source` is teacher."""
+
+    backend: Literal["llama_cpp", "transformers", "openai"] = "llama_cpp"
+    """llama_cpp: a GGUF file on the CPU; transformers: a model folder or a base, in batches, on the GPU where there is
+    one; openai: any endpoint that speaks OpenAI's chat protocol, its key in $MEETARA_TEACHER_KEY."""
+    model: str = ""
+    """GGUF file, model folder, or the endpoint's name for the model; empty: the run's base."""
+    url: str = ""
+    """The endpoint, for example http://127.0.0.1:8000/v1."""
+    words: Literal["both", "answers"] = "both"
+    """What it words: questions and answers, or answers alone, which is all that a very small model manages."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    max_tokens: Annotated[int, Field(ge=16, le=4_096)] = 160
+    """Tokens in a reply, at most."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Requests under way at once (openai), or replies generated together (transformers)."""
+    retries: Annotated[int, Field(ge=0, le=20)] = 5
+    """Tries after a failed request, each after twice the wait."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    price_in: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million tokens read, in any currency; for the forecast."""
+    price_out: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million tokens written."""
 
 
 class TrainParams(Strict):
@@ -96,6 +142,7 @@ class Tier(Strict):
 
     about: str
     data: DataParams = DataParams()
+    teacher: TeacherParams = TeacherParams()
     train: TrainParams = TrainParams()
     gguf: GgufParams = GgufParams()
     evaluate: EvaluateParams = EvaluateParams()
@@ -172,7 +219,17 @@ class Scope(Strict):
 
 class _Tiers(Strict):
     default: str
+    """For what belongs to no category."""
+    categories: dict[str, str]
+    """Category -> its domains' tier where none is asked for."""
     tiers: dict[str, Tier]
+
+    @model_validator(mode="after")
+    def _known(self) -> _Tiers:
+        for name in (self.default, *self.categories.values()):
+            if name not in self.tiers:
+                raise ValueError(f"{name!r} is no tier; {nearest(name, self.tiers)}")
+        return self
 
 
 class _Bases(Strict):
@@ -204,17 +261,22 @@ class RunParams(Strict):
     tier: str
     base: str
     data: DataParams
+    teacher: TeacherParams
     train: TrainParams
     gguf: GgufParams
     evaluate: EvaluateParams
 
     def digest(self, *sections: str) -> str:
-        """sha256 of the named sections (all when none is named)."""
-        return digest_of(self.model_dump(mode="json", include=set(sections) or None))
+        """sha256 of the named sections (all when none is named); the teacher counts only where it is used."""
+        chosen = set(sections or SECTIONS)
+        if self.data.source != "teacher":
+            chosen.discard("teacher")
+        return digest_of(self.model_dump(mode="json", include=chosen))
 
 
 SECTIONS: dict[str, type[Strict]] = {
     "data": DataParams,
+    "teacher": TeacherParams,
     "train": TrainParams,
     "gguf": GgufParams,
     "evaluate": EvaluateParams,
@@ -226,31 +288,41 @@ def parameter_names() -> list[str]:
     return [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
 
 
-def resolve(tier: str = "", base: str = "", overrides: dict[str, Any] | None = None) -> RunParams:
-    """The parameters of a run.
+def resolve(
+    tier: str = "", base: str = "", overrides: Mapping[str, Any] | None = None, *, domain: str = "", category: str = ""
+) -> RunParams:
+    """The parameters of a run, for one domain of it.
 
     Args:
-        tier: A name from `params/tiers.yaml`; empty for its default.
+        tier: A name from `params/tiers.yaml`; empty for the category's.
         base: A name from `params/bases.yaml`; empty for the domain scope's.
-        overrides: `section.name` -> value; they win over the tier.
+        overrides: `section.name` -> value; they win over the tier. `domain.section.name` holds for that domain only,
+            and wins over both.
+        domain, category: Whose parameters; empty where none is known yet.
 
     Raises:
         MeetaraError: Every unknown name and wrong value at once.
     """
     known, faults = tiers(), []
-    tier, base = tier or known.default, base or scopes()["domain"].base
+    tier, base = tier or known.categories.get(category, known.default), base or scopes()["domain"].base
     if tier not in known.tiers:
         faults.append(Fault(f"{tier!r} is no tier", "tier", nearest(tier, known.tiers)))
     if base not in bases():
         faults.append(Fault(f"{base!r} is no base", "base", nearest(base, bases())))
     chosen = known.tiers.get(tier, known.tiers[known.default])
     data = {"tier": tier, "base": base, **chosen.model_dump(include=set(SECTIONS))}
+    general, special = {}, {}
     for key, value in (overrides or {}).items():
-        if key not in parameter_names():
-            faults.append(Fault("unknown parameter", key, nearest(key, parameter_names())))
-        else:
-            section, name = key.split(".")
-            data[section][name] = value
+        whose, name = key.split(".", 1) if key.count(".") == 2 else ("", key)
+        if name not in parameter_names():
+            faults.append(Fault("unknown parameter", key, nearest(name, parameter_names())))
+        elif not whose:
+            general[name] = value
+        elif whose == domain:
+            special[name] = value
+    for key, value in (general | special).items():
+        section, name = key.split(".")
+        data[section][name] = value
     try:
         params = parse_model(data, RunParams, "parameter")
     except MeetaraError as error:

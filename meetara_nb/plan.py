@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from . import params as parameters
-from .catalogue import Catalogue
+from .catalogue import Catalogue, Domain
 from .errors import MeetaraError
-from .lab import Lab
+from .lab import Asked, Lab
 from .layout import Layout
 from .params import RunParams, Scope
 from .quants import ADAPTER_TYPES
@@ -17,22 +17,22 @@ from .stages import STAGES
 from .store import Manifests, existing
 
 
-def lora_parameters(lab: Lab) -> int:
+def lora_parameters(lab: Lab, params: RunParams) -> int:
     """Trained parameters of an adapter."""
-    shape, rank = lab.base.shape, lab.params.train.lora_rank
+    shape, rank = lab.base.shape, params.train.lora_rank
     return shape.layers * sum(rank * (outputs + inputs) for outputs, inputs in shape.matrices.values())
 
 
-def sizes(lab: Lab) -> list[tuple[str, int, Scope, bool]]:
+def sizes(lab: Lab, params: RunParams) -> list[tuple[str, int, Scope, bool]]:
     """Predicted size of each file: (what, bytes, scope, within budget)."""
     from .gguf_factory.adapter import adapter_bytes
 
     found = []
-    for form in lab.params.gguf.forms:
+    for form in params.gguf.forms:
         scope = parameters.scopes()["domain" if form == "adapter" else "domain_merged"]
-        for quant in lab.params.gguf.quants:
+        for quant in params.gguf.quants:
             if form == "adapter":
-                predicted = adapter_bytes(lab.base.shape, lab.params.train.lora_rank, quant)
+                predicted = adapter_bytes(lab.base.shape, params.train.lora_rank, quant)
             else:
                 predicted = int(lab.base.parameters * MERGED_BYTES[quant])
             found.append((f"{form} {quant}", predicted, scope, scope.fits(predicted)))
@@ -49,35 +49,17 @@ MERGED_BYTES = {
 
 def describe(lab: Lab) -> str:
     """Parameters, sizes against budget, disk and what is done, for people."""
-    params = lab.params
-    parts = [
-        f"tier {params.tier}: {parameters.tiers().tiers[params.tier].about}",
-        f"base {params.base}: {lab.base.title}",
-    ]
-    rows = []
-    defaults = parameters.resolve(params.tier, params.base)
-    for key in parameters.parameter_names():
-        section, name = key.split(".")
-        value, usual = (getattr(getattr(p, section), name) for p in (params, defaults))
-        plain = parameters.SECTIONS[section].model_fields[name].default
-        origin = "given" if value != usual else f"tier {params.tier}" if value != plain else "default"
-        rows.append([key, _shown(value), origin])
-    parts.append(table(rows, ["parameter", "value", "from"]))
-    if params.train.max_steps is None and params.train.max_minutes is None:
+    groups: dict[str, list[Domain]] = {}
+    for domain in lab.domains:
+        groups.setdefault(lab.params_of(domain).digest(), []).append(domain)
+    (first, *others) = groups.values()
+    parts = [f"base {lab.base_name}: {lab.base.title}", _parameters(lab, first, None)]
+    parts += [_parameters(lab, group, first[0]) for group in others]
+    every = [lab.params_of(group[0]) for group in groups.values()]
+    if any(p.train.max_steps is None and p.train.max_minutes is None for p in every):
         parts.append("Training time is planned from the measured step time: 6 minutes on a CPU, an epoch on a GPU.")
-    trained = lora_parameters(lab)
-    low, high = parameters.scopes()["domain"].trained_mb or (0.0, 0.0)
-    trained_bytes = trained * 10 + 1_000_000  # fp32 weights twice, two 8-bit moments, and the rest
-    rows = [
-        ["trained model .pt", size(trained_bytes), f"{low:g}-{high:g} MB", _verdict(low <= trained_bytes / 1e6 <= high)]
-    ]
-    for what, predicted, scope, fits in sizes(lab):
-        budget = f"{'at most ' if scope.rule == 'at_most' else ''}{scope.gguf_mb:g} MB"
-        rows.append([what, size(predicted), budget, _verdict(fits)])
-    parts.append(f"A domain, with {trained:,} trained parameters\n" + table(rows, ["file", "predicted", "budget", ""]))
-    if "adapter" in params.gguf.forms:
-        types = ", ".join(f"{q}: {' and '.join(dict.fromkeys(ADAPTER_TYPES[q]))}" for q in params.gguf.quants)
-        parts.append(f"Tensor types of an adapter: {types}")
+    # Sizes follow from rank, levels and forms alone, which hardly ever differ.
+    parts += dict.fromkeys(_sizes(lab, params) for params in every)
     rows = []
     for domain in lab.domains:
         rows.append([domain.domain, *("done" if lab.manifest(s, domain) else "to do" for s in STAGES.values())])
@@ -88,7 +70,52 @@ def describe(lab: Lab) -> str:
     return "\n\n".join(parts)
 
 
+def _parameters(lab: Lab, group: list[Domain], but: Domain | None) -> str:
+    """The parameters of some domains and where each came from; only what differs from those of the domain `but`."""
+    params = lab.params_of(group[0])
+    usual = parameters.resolve(params.tier, params.base)
+    whose = ", ".join(domain.domain for domain in group)
+    why = "asked for" if lab.asked.tier else f"the tier of {group[0].category}"
+    head = f"{whose}: tier {params.tier} ({why}): {parameters.tiers().tiers[params.tier].about}"
+    rows = []
+    for key in parameters.parameter_names():
+        section, name = key.split(".")
+        value, of_tier = (getattr(getattr(p, section), name) for p in (params, usual))
+        if but is not None and value == getattr(getattr(lab.params_of(but), section), name):
+            continue
+        if section == "teacher" and params.data.source != "teacher":
+            continue
+        plain = parameters.SECTIONS[section].model_fields[name].default
+        origin = "default" if of_tier == plain else f"tier {params.tier}"
+        if value != of_tier:
+            special = any(f"{domain.domain}.{key}" in lab.asked.overrides for domain in group)
+            origin = "given for it" if special else "given"
+        rows.append([key, _shown(value), origin])
+    but_for = f"\nAs {but.domain}, but for" if but is not None and rows else ""
+    return head + but_for + ("\n" + table(rows, ["parameter", "value", "from"]) if rows else "")
+
+
+def _sizes(lab: Lab, params: RunParams) -> str:
+    """Predicted sizes of a domain's files, against their budgets."""
+    trained = lora_parameters(lab, params)
+    low, high = parameters.scopes()["domain"].trained_mb or (0.0, 0.0)
+    trained_bytes = trained * 10 + 1_000_000  # fp32 weights twice, two 8-bit moments, and the rest
+    rows = [
+        ["trained model .pt", size(trained_bytes), f"{low:g}-{high:g} MB", _verdict(low <= trained_bytes / 1e6 <= high)]
+    ]
+    for what, predicted, scope, fits in sizes(lab, params):
+        budget = f"{'at most ' if scope.rule == 'at_most' else ''}{scope.gguf_mb:g} MB"
+        rows.append([what, size(predicted), budget, _verdict(fits)])
+    text = f"A domain, with {trained:,} trained parameters\n" + table(rows, ["file", "predicted", "budget", ""])
+    if "adapter" in params.gguf.forms:
+        types = ", ".join(f"{q}: {' and '.join(dict.fromkeys(ADAPTER_TYPES[q]))}" for q in params.gguf.quants)
+        text += f"\n\nTensor types of an adapter: {types}"
+    return text
+
+
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(part)}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "planned" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -118,7 +145,8 @@ def _state(catalogue: Catalogue, name: str, layout: Layout, found: dict[str, dic
     state = "done" if all(m and m.get("done") for m in found.values()) else "begun"
     try:
         domain = catalogue.load(name)
-        lab = Lab(layout, RunParams.model_validate(params), [domain], RunLog(None, ""), Manifests(layout))
+        resolved = {name: RunParams.model_validate(params)}
+        lab = Lab(layout, Asked(), resolved, [domain], RunLog(None, ""), Manifests(layout))
         missing = [stage for stage in STAGES if lab.manifest(STAGES[stage], domain) is None]
         if missing:
             state = f"{'stale' if found[missing[0]] else 'begun'} from {missing[0]}"

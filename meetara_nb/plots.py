@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +65,130 @@ def funnel(lab: Lab) -> None:
         colours = [BLUE if name in ("composed", "kept") else GREY for name in counts]
         _bars(above, counts, colours)
         above.set_title(f"{domain.title}: {facts['kept']:,} of {facts['requested']:,} samples", loc="left")
-        kinds = dict(sorted(facts["kept_by_kind"].items(), key=lambda item: -item[1]))
-        _bars(below, {kind.replace("_", " "): count for kind, count in kinds.items()}, BLUE)
+        wanted = lab.params_of(domain).data.kinds
+        kinds = {
+            f"{kind.replace('_', ' ')} ({wanted.get(kind, 0) / sum(wanted.values()):.0%} asked for)": entry["kept"]
+            for kind, entry in facts["by_kind"].items()
+        }
+        _bars(below, kinds, BLUE, [f"{count:,} ({count / facts['kept']:.0%})" for count in kinds.values()])
         below.set_title("kept, by kind", loc="left", fontsize=10)
     _show(lab, figure, "funnel")
 
 
-def _bars(axis: Any, counts: dict[str, int], colour: Any) -> None:
+def _bars(axis: Any, counts: dict[str, int], colour: Any, labels: list[str] | None = None) -> None:
     bars = axis.barh(list(counts), list(counts.values()), color=colour)
-    axis.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=4)
+    axis.bar_label(bars, labels or [f"{count:,}" for count in counts.values()], padding=4)
     axis.invert_yaxis()
     axis.set_xticks([])
     axis.spines[["bottom"]].set_visible(False)
     axis.margins(x=0.12)
 
 
-def samples(lab: Lab, count: int) -> Iterator[str]:
-    """The first samples of every domain's data as conversations."""
-    for domain, _ in _done(lab, "data"):
-        path = Path(lab.layout.training_data(domain.category, domain.domain))
-        for sample in json.loads(path.read_text(encoding="utf-8"))["samples"][:count]:
-            turns = [f"{message['role']:>9}: {message['content']}" for message in sample["messages"]]
-            yield "\n".join([f"[{sample['id']}, {sample['kind']}]", *turns])
+def coverage(lab: Lab) -> None:
+    """How many samples of each kind there are on each topic, as a heat map."""
+    for domain, facts in _done(lab, "data"):
+        kinds = [kind for kind, entry in facts["by_kind"].items() if entry["kept"]]
+        topics = [topic.id for topic in domain.topics]
+        counts = Counter((sample["topic"], sample["kind"]) for sample in _samples(lab, domain))
+        # Kinds that belong to no topic, such as red flags, have a row of their own.
+        rows = [*topics, ""] if any(topic == "" for topic, _ in counts) else topics
+        grid = [[counts[topic, kind] for kind in kinds] for topic in rows]
+        figure, (axis,) = _figure(1, width=10, height=0.3 * len(rows) + 1.6)
+        axis.imshow(grid, cmap="Blues", aspect="auto")
+        most = max(map(max, grid))
+        for y, row in enumerate(grid):
+            for x, count in enumerate(row):
+                colour = "white" if count > 0.6 * most else "#333" if count else "#bbb"
+                axis.text(x, y, f"{count:,}", ha="center", va="center", fontsize=7, color=colour)
+        axis.set_xticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds], rotation=35, ha="right")
+        axis.set_yticks(range(len(rows)), [topic.replace("_", " ") or "(no topic)" for topic in rows])
+        axis.spines[:].set_visible(False)
+        uses = facts["uses_of_a_statement"]
+        axis.set_title(
+            f"{domain.title}: {facts['statements_used']} of {facts['statements']} statements used, "
+            f"{uses['median']:g} times in the median, {uses['max']} at most",
+            loc="left", fontsize=10,
+        )  # fmt: skip
+        _show(lab, figure, f"coverage_{domain.domain}")
+
+
+def lengths(lab: Lab) -> None:
+    """How long questions and answers are, in words."""
+    done = list(_done(lab, "data"))
+    if not done:
+        return
+    figure, axes = _figure(len(done), height=2.2)
+    for (domain, _), axis in zip(done, axes, strict=True):
+        for role, colour in (("user", ORANGE), ("assistant", BLUE)):
+            words = [
+                sum(len(m["content"].split()) for m in sample["messages"] if m["role"] == role)
+                for sample in _samples(lab, domain)
+            ]
+            label = f"{role}: median {sorted(words)[len(words) // 2]}, longest {max(words)}"
+            axis.hist(words, bins=range(0, max(words) + 5, 4), color=colour, alpha=0.6, label=label)
+        axis.set(xlabel="words in a sample", ylabel="samples")
+        axis.set_title(domain.title, loc="left")
+        axis.legend(frameon=False)
+    _show(lab, figure, "lengths")
+
+
+def _samples(lab: Lab, domain: Domain) -> list[dict[str, Any]]:
+    path = Path(lab.layout.training_data(domain.category, domain.domain))
+    return list(json.loads(path.read_text(encoding="utf-8"))["samples"])
+
+
+SHOWN = 12
+
+
+def browse(lab: Lab) -> None:
+    """Kept samples of every kind and dropped drafts of every reason, to open and read; saved as a page, too."""
+    from IPython.display import HTML, display
+
+    for domain, facts in _done(lab, "data"):
+        parts = [f"<h3>{escape(domain.title)}: kept</h3>"]
+        samples = _samples(lab, domain)
+        for kind, entry in facts["by_kind"].items():
+            # The first in the file, which is the order of training.
+            some = [sample for sample in samples if sample["kind"] == kind][:SHOWN]
+            parts.append(_group(f"{kind.replace('_', ' ')} ({entry['kept']:,} samples)", some))
+        dropped = _dropped(lab, domain)
+        parts.append(f"<h3>{escape(domain.title)}: dropped</h3>" if dropped else "<p>Nothing was dropped.</p>")
+        totals = Counter[str]()
+        for entry in facts["by_kind"].values():
+            totals.update({reason: count for reason, count in entry.items() if reason not in ("generated", "kept")})
+        for reason, lost in dropped.items():
+            parts.append(_group(f"{reason} ({totals[reason]:,} drafts)", lost[:SHOWN]))
+        page = "\n".join(parts)
+        assert lab.log.folder is not None
+        lab.log.folder.mkdir(parents=True, exist_ok=True)
+        head = f'<!doctype html><meta charset="utf-8"><title>{escape(domain.title)}</title>'
+        (lab.log.folder / f"samples_{domain.domain}.html").write_text(head + page, encoding="utf-8")
+        display(HTML(page))
+
+
+def _dropped(lab: Lab, domain: Domain) -> dict[str, list[dict[str, Any]]]:
+    path = Path(lab.layout.dropped(domain.category, domain.domain))
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            found[entry["reason"]].append(entry)
+    return found
+
+
+def _group(title: str, samples: list[dict[str, Any]]) -> str:
+    rows = []
+    for sample in samples:
+        turns = "<br>".join(
+            f"<b>{message['role']}</b> {escape(message['content'])}".replace("\n", "<br>")
+            for message in sample["messages"][1:]
+        )
+        note = sample.get("id") or (f"like {sample['similar_to']}" if "similar_to" in sample else "")
+        about = ", ".join(sample["statements"]) or sample["topic"]
+        cells = "".join(f'<td style="text-align:left;vertical-align:top">{cell}</td>' for cell in (turns, about, note))
+        rows.append(f"<tr>{cells}</tr>")
+    shown = f", {len(samples)} shown" if samples else ""
+    return f"<details><summary>{escape(title)}{shown}</summary><table>{''.join(rows)}</table></details>"
 
 
 def losses(lab: Lab) -> None:

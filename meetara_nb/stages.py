@@ -11,9 +11,10 @@ from . import params as parameters
 from .catalogue import Domain
 from .errors import MeetaraError
 from .runlog import size
-from .store import sha256_of, write_json
+from .store import move, sha256_of, write_json
 
 if TYPE_CHECKING:
+    from .hub.teacher import Teacher
     from .lab import Lab
 
 # The level of the base on which adapters are tried and evaluated, whatever their own level.
@@ -55,18 +56,42 @@ class Stage:
 
 
 def _make_data(lab: Lab, domain: Domain, work: Path) -> Product:
-    from .hub.dataset import compose, to_json
+    from .hub.dataset import compose, dropped_json, to_json
 
-    data = compose(domain, lab.params.data)
-    path = work / "training_data.json"
-    path.write_text(to_json(domain, lab.params.data, data), encoding="utf-8", newline="\n")
-    funnel = data.funnel
+    params = lab.params_of(domain).data
+    teacher = None
+    if params.source == "teacher":
+        teacher = _teacher(lab, domain, work / "replies.jsonl")
+    data = compose(domain, params, teacher.drafts() if teacher else None, lab.log.say)
+    facts = data.funnel.as_dict()
+    made_by = {"model": teacher.model.name, **vars(teacher.usage)} if teacher else {}
+    # What differs from session to session stays out of the file, so that equal work gives equal bytes.
+    in_file = {"model": teacher.model.name} if teacher else None
+    path, dropped = work / "training_data.json", work / "dropped.jsonl"
+    for partial, text in ((path, to_json(domain, params, data, in_file)), (dropped, dropped_json(domain, data))):
+        partial.write_text(text, encoding="utf-8", newline="\n")
+    # For reading only: nothing depends on it, so it is no output that a later stage would wait for.
+    move(dropped, Path(lab.layout.dropped(domain.category, domain.domain)))
     lab.log.say(
-        f"  {funnel.kept:,} of {funnel.requested:,} samples kept of {funnel.generated:,} composed; "
-        f"{funnel.near_duplicates:,} near-duplicates, {funnel.contaminated:,} overlap with the checks, "
-        f"{sum(funnel.dropped.values()):,} filtered out"
+        f"  {facts['kept']:,} of {facts['requested']:,} samples kept of {facts['generated']:,} composed; "
+        f"{facts['near_duplicates']:,} near-duplicates, {facts['contaminated']:,} overlap with the checks, "
+        f"{sum(facts['dropped'].values()):,} filtered out"
     )
-    return Product({path: Path(lab.layout.training_data(domain.category, domain.domain))}, funnel.as_dict())
+    final = Path(lab.layout.training_data(domain.category, domain.domain))
+    return Product({path: final}, {**facts, **({"teacher": made_by} if made_by else {})})
+
+
+def _teacher(lab: Lab, domain: Domain, replies: Path) -> Teacher:
+    from .hub.backends import backend
+    from .hub.teacher import Teacher
+
+    def base_file() -> Path:
+        lab.gguf_base()
+        return Path(lab.layout.base(lab.base_name, RUN_BASE))
+
+    params = lab.params_of(domain)
+    model = backend(params.teacher, base_file, lambda: lab.prepared_base)
+    return Teacher(domain, params.data, params.teacher, model, replies, lab.log.say)
 
 
 def _make_trained(lab: Lab, domain: Domain, work: Path) -> Product:
@@ -76,12 +101,12 @@ def _make_trained(lab: Lab, domain: Domain, work: Path) -> Product:
     trained = train(
         name=domain.domain,
         category=domain.category,
-        base_name=lab.params.base,
+        base_name=lab.base_name,
         base=lab.base,
         prepared=lab.prepared_base,
         data=data,
         data_sha256=sha256_of(data),
-        params=lab.params.train,
+        params=lab.params_of(domain).train,
         work=work,
         log=lab.log,
     )
@@ -96,9 +121,9 @@ def _make_gguf(lab: Lab, domain: Domain, work: Path) -> Product:
     from .training.bases import load_tokenizer
     from .training.checkpoint import load_trained_model
 
-    quants = lab.params.gguf.quants
+    quants = lab.params_of(domain).gguf.quants
     based = lab.gguf_base()
-    base_file = Path(lab.layout.base(lab.params.base, RUN_BASE))
+    base_file = Path(lab.layout.base(lab.base_name, RUN_BASE))
     trained = load_trained_model(Path(lab.layout.trained_model(domain.category, domain.domain)))
     gate = Gate(lab.prepared_base, domain.system_prompt, lambda file: Path(lab.layout.rejected(file)))
     manifests = lab.manifests_of(domain, "data", "train")
@@ -106,12 +131,12 @@ def _make_gguf(lab: Lab, domain: Domain, work: Path) -> Product:
     def header(quant: str, merged: bool) -> dict[str, str | int | float]:
         weights = based["facts"]["weights_sha256"]
         return gguf_header(
-            domain, lab.params.base, lab.base, base_weights=weights, manifests=manifests, quant=quant, merged=merged
+            domain, lab.base_name, lab.base, base_weights=weights, manifests=manifests, quant=quant, merged=merged
         )
 
     files: dict[Path, Path] = {}
     facts = []
-    for form in lab.params.gguf.forms:
+    for form in lab.params_of(domain).gguf.forms:
         final = {
             quant: Path(lab.layout.domain_gguf(domain.category, domain.domain, quant, merged=form == "merged"))
             for quant in quants
@@ -124,7 +149,7 @@ def _make_gguf(lab: Lab, domain: Domain, work: Path) -> Product:
                 for quant in quants
             }
         else:
-            base_f16 = Path(lab.layout.base(lab.params.base, "F16"))
+            base_f16 = Path(lab.layout.base(lab.base_name, "F16"))
             finals = {quant: path.name for quant, path in final.items()}
             made = make_merged(trained, lab.base, base_f16, quants, header("", True), work, gate, finals)
             template = load_tokenizer(gate.prepared).chat_template
@@ -152,9 +177,9 @@ def _make_evaluation(lab: Lab, domain: Domain, work: Path) -> Product:
     from .gguf_factory.adapter import lora_pairs, write_adapter
     from .training.checkpoint import load_trained_model
 
-    base_file = Path(lab.layout.base(lab.params.base, RUN_BASE))
+    base_file = Path(lab.layout.base(lab.base_name, RUN_BASE))
     f16 = work / "adapter_F16.gguf"
-    if "adapter" in lab.params.gguf.forms:
+    if "adapter" in lab.params_of(domain).gguf.forms:
         trained = load_trained_model(Path(lab.layout.trained_model(domain.category, domain.domain)))
         pairs = lora_pairs(trained["adapter"], lab.base.shape)
         write_adapter(f16, lab.base.shape, pairs, level="F16", alpha=trained["lora"]["alpha"], header={})
@@ -170,8 +195,8 @@ def _make_evaluation(lab: Lab, domain: Domain, work: Path) -> Product:
             adapter=None if merged else file,
             adapter_f16=None if merged else f16,
             merged=file if merged else None,
-            answers=lab.params.evaluate.answers,
-            max_answer_tokens=lab.params.evaluate.max_answer_tokens,
+            answers=lab.params_of(domain).evaluate.answers,
+            max_answer_tokens=lab.params_of(domain).evaluate.max_answer_tokens,
         )
         results[f"{form} {quant}"] = {"file": file.name, "sha256": entry["sha256"], **result}
         lab.log.say(
@@ -204,11 +229,11 @@ def _make_metadata(lab: Lab, domain: Domain, work: Path) -> Product:
     from .metadata import metadata
 
     manifests = lab.manifests_of(domain, "data", "train", "gguf", "evaluate")
-    base = lab.manifests.read("base", "base", lab.params.base)
+    base = lab.manifests.read("base", "base", lab.base_name)
     if base is None:
         raise MeetaraError("the base's manifest is missing", remedy="run 03_create_gguf first")
     figures = Path(lab.layout.figures(domain.category, domain.domain))
-    text = metadata(domain, lab.params.base, lab.base, {**manifests, "base": base}, figures, lab.log.run_id)
+    text = metadata(domain, lab.base_name, lab.base, {**manifests, "base": base}, figures, lab.log.run_id)
     path = work / "metadata.json"
     path.write_text(text, encoding="utf-8", newline="\n")
     return Product(
@@ -219,7 +244,7 @@ def _make_metadata(lab: Lab, domain: Domain, work: Path) -> Product:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("data", "01_generate_data", 1, ("data",), (), "training data", _make_data),
+        Stage("data", "01_generate_data", 2, ("data", "teacher"), (), "training data", _make_data),
         Stage("train", "02_train", 1, ("train",), ("data",), "trained model", _make_trained),
         Stage("gguf", "03_create_gguf", 1, ("gguf",), ("data", "train"), "GGUF", _make_gguf),
         Stage("evaluate", "04_evaluate", 1, ("evaluate",), ("train", "gguf"), "evaluation", _make_evaluation),

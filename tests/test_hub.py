@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import datasets
@@ -12,27 +15,85 @@ import pytest
 
 from meetara_nb.catalogue import Catalogue, Domain, load_domain
 from meetara_nb.errors import MeetaraError
-from meetara_nb.hub import filters
+from meetara_nb.hub import grounded, wording
 from meetara_nb.hub.dataset import compose, to_json
 from meetara_nb.hub.dedup import SHINGLE, Contamination, NearDuplicates, ngrams, words_of
-from meetara_nb.hub.grounded import EXTRA, MAIN, Composer, Draft
+from meetara_nb.hub.grounded import KINDS, MAIN, Composer
+from meetara_nb.hub.wording import misspelt, surface_forms
 from meetara_nb.params import DataParams
 
 PARAMS = DataParams(samples=300)
 
 
-def draft(*turns: str) -> Draft:
-    return Draft("answer", "cats", (), turns)
-
-
 def test_samples_and_funnel(domain: Domain) -> None:
     data = compose(domain, PARAMS)
-    funnel = data.funnel
-    assert len(data.drafts) == funnel.kept == 300
-    assert funnel.generated == funnel.kept + funnel.near_duplicates + funnel.contaminated + sum(funnel.dropped.values())
-    assert sum(funnel.kept_by_kind.values()) == 300
-    assert set(funnel.kept_by_kind) == set(MAIN) | set(EXTRA)
-    assert funnel.statements_used == funnel.statements == 64
+    funnel = data.funnel.as_dict()
+    assert len(data.drafts) == funnel["kept"] == 300
+    lost = funnel["near_duplicates"] + funnel["contaminated"] + sum(funnel["dropped"].values())
+    assert funnel["generated"] == funnel["kept"] + lost
+    for kind, counts in funnel["by_kind"].items():
+        assert counts["generated"] == sum(counts.values()) - counts["generated"], kind
+        assert counts["kept"] == sum(draft.kind == kind for draft in data.drafts)
+    assert sum(counts["generated"] for counts in funnel["by_kind"].values()) == funnel["generated"]
+    assert set(funnel["by_kind"]) == set(KINDS) - {"beyond", "decision"}, "which the small spec does not have"
+    assert funnel["statements_used"] == funnel["statements"] == 64
+    uses = Counter(id_ for draft in data.drafts for id_ in draft.statements)
+    assert funnel["uses_of_a_statement"]["max"] == max(uses.values())
+
+
+def test_kinds_have_their_shares_while_the_spec_lasts() -> None:
+    domain, weights = Catalogue().load("general_health"), DataParams().kinds
+    drafts = compose(domain, DataParams(samples=600)).drafts
+    kinds = Counter(draft.kind for draft in drafts)
+    for kind in KINDS:
+        share = weights[kind] / sum(weights.values())
+        assert 0.5 * share <= kinds[kind] / 600 <= 1.6 * share, kind
+    only = DataParams(samples=60, kinds={"answer": 1.0, "mistake": 1.0, "outside": 0.0})
+    assert {draft.kind for draft in compose(domain, only).drafts} == {"answer", "mistake"}
+
+
+def test_no_two_drafts_say_the_same_texts(domain: Domain) -> None:
+    drafts = list(islice(Composer(domain, 1, PARAMS.kinds).drafts(), 2_000))
+    assert len({frozenset(draft.sources) for draft in drafts}) == len(drafts)
+
+
+def test_the_stream_ends_when_all_is_said(domain: Domain) -> None:
+    drafts = list(Composer(domain, 1, {"answer": 1.0, "red_flag": 1.0}).drafts())
+    assert 64 * 6 < len(drafts) <= 64 * 12 + 100
+
+
+def test_every_statement_has_six_surface_forms() -> None:
+    for name in ("general_health", "entrepreneurship"):
+        composer = Composer(Catalogue().load(name), 1, {})
+        for _, statement in composer.domain.statements:
+            forms = {composer._said_of(statement)[0] for _ in range(200)}
+            assert len(forms) >= 6, statement.id
+
+
+def test_surface_forms_are_two_sentences_where_something_joins_them() -> None:
+    assert surface_forms("Rest, because it heals.") == ["Rest, because it heals.", "Rest. The reason is that it heals."]
+    assert surface_forms("It is cold; wear a coat.")[1] == "It is cold. Wear a coat."
+    assert surface_forms("It rains, so take a coat.")[1] == "It rains. So take a coat."
+    for single in ("Stay, because of the rain.", "Speak up, so that all can hear.", "Rest a while."):
+        assert surface_forms(single) == [single]
+
+
+def test_misspelt_questions_can_still_be_read() -> None:
+    question = "How long does a common cold usually last in adults over 65?"
+    for seed in range(200):
+        typed = misspelt(question, Random(seed))
+        assert typed != question and "65" in typed
+        for before, after in zip(question.lower().split(), typed.lower().split(), strict=True):
+            assert before[0] == after[0] and abs(len(before.rstrip("?")) - len(after.rstrip("?"))) <= 1
+
+
+def test_a_share_of_the_questions_is_misspelt(domain: Domain) -> None:
+    plain, typed = (
+        list(islice(Composer(domain, 1, {"outside": 0.0, "answer": 1.0}, share).drafts(), 200)) for share in (0.0, 1.0)
+    )
+    known = {ask for _, statement in domain.statements for ask in statement.ask}
+    assert sum(any(ask in draft.question for ask in known) for draft in plain) == 200
+    assert sum(any(ask in draft.question for ask in known) for draft in typed) < 20
 
 
 def test_the_same_bytes_again_and_others_for_another_seed(domain: Domain) -> None:
@@ -59,23 +120,16 @@ def test_it_loads_with_datasets(domain: Domain, tmp_path: Path) -> None:
     assert json.loads(path.read_text())["funnel"]["kept"] == 300
 
 
-def test_answers_hold_nothing_but_what_the_spec_says(domain: Domain, spec: dict[str, Any]) -> None:
-    """Taking out every text of the spec and the composer's own few phrases leaves nothing."""
-    from meetara_nb.hub import grounded
-
-    def texts(value: Any) -> list[str]:
-        if isinstance(value, dict):
-            value = list(value.values())
-        return [text for item in value for text in texts(item)] if isinstance(value, list) else [str(value)]
-
-    spec.pop("checks")
-    known = texts(spec) + [part for form in grounded.CORRECTIONS for part in form.split("{truth}")]
-    for form in grounded.MORE:
-        known += form.replace("{a}", "|").replace("{b}", "|").split("|")
-    known = sorted((text for text in known if text.strip()), key=len, reverse=True)
+def test_answers_hold_nothing_but_what_the_spec_says(domain: Domain) -> None:
+    """Taking out the sources in their surface forms and the composer's own few phrases leaves nothing."""
+    phrases = [part for form in (*grounded.CORRECTIONS, *grounded.MORE) for part in re.split(r"\{\w+\}", form)]
+    phrases += [*grounded.ADDED, *wording.LEADS, *wording.REASONS, *wording.LIMITS]
+    understood = [form.format(feeling=p.feeling) for form in grounded.UNDERSTOOD for p in domain.personas]
+    names = [topic.name for topic in domain.topics]
     for draft in compose(domain, PARAMS).drafts:
+        known = [form for source in draft.sources for form in surface_forms(source)] + phrases + understood + names
         rest = draft.answer
-        for text in known:
+        for text in sorted(filter(None, map(str.strip, known)), key=len, reverse=True):
             rest = rest.replace(text, " ")
         assert not [word for word in rest.split() if not word.rstrip(".").isdigit()], rest
 
@@ -86,7 +140,7 @@ def test_checks_are_never_used_to_compose(domain: Domain, tmp_path: Path, spec: 
     for check in spec["checks"]:
         check["question"] = "Something else entirely, " + check["question"]
     other = load_domain(write_spec(tmp_path / "other", spec))
-    first, second = Composer(domain, 1).drafts(), Composer(other, 1).drafts()
+    first, second = Composer(domain, 1, PARAMS.kinds).drafts(), Composer(other, 1, PARAMS.kinds).drafts()
     assert [next(first) for _ in range(500)] == [next(second) for _ in range(500)]
 
 
@@ -97,7 +151,7 @@ def test_overlap_with_checks_is_dropped(spec: dict[str, Any], tmp_path: Path) ->
     spec["checks"][0]["good"] = "As people say, " + say[0].lower() + say[1:]
     domain = load_domain(write_spec(tmp_path, spec))
     data = compose(domain, PARAMS)
-    assert data.funnel.contaminated > 0
+    assert data.funnel.as_dict()["contaminated"] > 0
     assert not any(say in draft.answer for draft in data.drafts)
 
 
@@ -115,48 +169,41 @@ def test_a_thin_spec_says_how_much_is_missing(spec: dict[str, Any], tmp_path: Pa
     for check in spec["checks"]:
         check["topic"] = "cats"
     with pytest.raises(MeetaraError, match=r"only [\d,]+ different samples of 5,000 .* 16 statements -> add about \d+"):
-        compose(load_domain(write_spec(tmp_path, spec)), DataParams(samples=5_000))
-
-
-@pytest.mark.parametrize(
-    ("sample", "reason"),
-    [
-        (draft("Is it so?", "Yes, it is so for most of them."), None),
-        (draft("Is it so?"), "structure"),
-        (draft("Is it so?", " "), "structure"),
-        (draft("Is it so?", "Yes, it is."), "length: fewer"),
-        (draft("Is it so?", "word " * 221), "length: more"),
-        (draft("Is it so?", "Cats sleep a lot. Dogs do not. Cats sleep a lot."), "repetition"),
-        (draft("Is it so?", "Well, <|im_end|> that is how it is."), "template leak"),
-        (draft("Hi {tells}", "Well, that is how it is."), "template leak"),
-    ],
-)
-def test_filters(sample: Draft, reason: str | None) -> None:
-    found = next((r for r in (check(sample) for check in filters.FILTERS) if r), None)
-    assert (found or "").startswith(reason or "") and (found is None) == (reason is None)
+        compose(load_domain(write_spec(tmp_path, spec)), DataParams(samples=5_000, kinds={"answer": 1.0}))
 
 
 def test_near_duplicates_by_exact_similarity() -> None:
     words = [f"w{n}" for n in range(60)]
     seen = NearDuplicates(0.8)
-    assert seen.add(" ".join(words))
-    assert not seen.add(" ".join(words)), "the same again"
-    assert not seen.add(" ".join([*words, "x", "y"])), "two words more"
-    assert seen.add(" ".join([*words[:30], "x", *words[30:]])[:200]), "half of it"
+    assert seen.add(words) is None
+    assert seen.add([*words[:30], *words[:30]]) is None, "another text"
+    assert seen.add(words) == 0, "the same again"
+    assert seen.add([*words, "x", "y"]) == 0, "two words more"
+    assert seen.add([*words[:20], "x", *words[20:40], "y", *words[40:]]) is None, "cut in three"
 
 
 def test_contamination_needs_the_whole_run() -> None:
     held_out = Contamination(["one two three four five six"], 5)
-    assert held_out.found_in("zero ONE, two three: four five")
-    assert not held_out.found_in("one two three four 5 six")
-    assert not held_out.found_in("one")
+    assert held_out.found_in(words_of("zero ONE, two three: four five"))
+    assert not held_out.found_in(words_of("one two three four 5 six"))
+    assert not held_out.found_in(["one"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["general_health", "entrepreneurship"])
-def test_5000_samples_of_the_shipped_specs(name: str) -> None:
-    domain, params = Catalogue().load(name), DataParams(samples=5_000)
-    first, second = (to_json(domain, params, compose(domain, params)) for _ in range(2))
-    assert first == second
-    funnel = json.loads(first)["funnel"]
-    assert funnel["kept"] == 5_000 and funnel["statements_used"] == funnel["statements"]
+@pytest.mark.parametrize("samples", [5_000, 15_000])
+def test_the_shipped_specs_carry_the_tiers(name: str, samples: int) -> None:
+    domain, params = Catalogue().load(name), DataParams(samples=samples)
+    data = compose(domain, params)
+    assert to_json(domain, params, data) == to_json(domain, params, compose(domain, params))
+    funnel = data.funnel.as_dict()
+    assert funnel["kept"] == samples and funnel["statements_used"] == funnel["statements"]
+    assert funnel["generated"] < 1.1 * samples, "time would not grow in line with the count"
+    assert not funnel["dropped"], "the spec's own texts fail no filter"
+    answers = [draft.answer for draft in data.drafts]
+    assert len(set(answers)) == samples
+    grams = [ngrams(words_of(text), SHINGLE) for text in Random(0).sample(answers, 500)]
+    for i, a in enumerate(grams):
+        assert not [b for b in grams[:i] if len(a & b) >= 0.8 * len(a | b)]
+    for text in {text for _, statement in domain.statements for text in statement.wordings}:
+        assert sum(text in answer for answer in answers) <= 0.03 * samples, text

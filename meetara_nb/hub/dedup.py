@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 
 from rensa import RMinHash, RMinHashLSH
 
@@ -16,7 +17,7 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def ngrams(words: list[str], n: int) -> set[str]:
+def ngrams(words: Sequence[str], n: int) -> set[str]:
     """Runs of `n` words; the whole text where it is shorter."""
     return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
@@ -31,22 +32,23 @@ class NearDuplicates:
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._lsh = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=BANDS)
-        self._shingles: list[frozenset[int]] = []
+        self._shingles: list[array[int]] = []
 
-    def add(self, text: str) -> bool:
-        """Takes `text` in and returns True, or returns False where it is a near-duplicate."""
-        grams = ngrams(words_of(text), SHINGLE)
+    def add(self, words: Sequence[str]) -> int | None:
+        """The number of an earlier text that this one nearly repeats; or None, and the text is taken in."""
+        grams = list(ngrams(words, SHINGLE))
         minhash = RMinHash(num_perm=PERMUTATIONS, seed=1)
-        minhash.update(sorted(grams))
+        minhash.update(grams)
         # Python's own hash of text differs between processes, but equality within one is all that is needed.
-        shingles = frozenset(map(hash, grams))
-        for index in self._lsh.query(minhash):
+        shingles = set(map(hash, grams))
+        for index in sorted(self._lsh.query(minhash)):
             other = self._shingles[index]
-            if len(shingles & other) >= self.threshold * len(shingles | other):
-                return False
+            shared = sum(shingle in shingles for shingle in other)
+            if shared >= self.threshold * (len(shingles) + len(other) - shared):
+                return int(index)
         self._lsh.insert(len(self._shingles), minhash)
-        self._shingles.append(shingles)
-        return True
+        self._shingles.append(array("q", shingles))
+        return None
 
 
 class Contamination:
@@ -54,12 +56,10 @@ class Contamination:
 
     def __init__(self, held_out: Iterable[str], n: int) -> None:
         self.n = n
-        self._runs: set[str] = set()
-        for text in held_out:
-            words = words_of(text)
-            if len(words) >= n:
-                self._runs |= ngrams(words, n)
+        self._runs = {run for text in held_out for run in self._runs_of(words_of(text))}
 
-    def found_in(self, text: str) -> bool:
-        words = words_of(text)
-        return len(words) >= self.n and not self._runs.isdisjoint(ngrams(words, self.n))
+    def _runs_of(self, words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        return zip(*(words[i:] for i in range(self.n)), strict=False)
+
+    def found_in(self, words: Sequence[str]) -> bool:
+        return not self._runs.isdisjoint(self._runs_of(words))

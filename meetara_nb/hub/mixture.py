@@ -1,0 +1,102 @@
+"""One training set out of many domains' data, for category and universal models."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..errors import MeetaraError
+from .dedup import NearDuplicates, words_of
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Samples of several domains, shuffled, each naming its domain in the system prompt.
+
+    Attributes:
+        samples: As in the domains' files.
+        report: For every domain: `available` samples, its `share`, how many were `taken`, and `near_duplicates`: the
+            samples left out because they nearly repeat another domain's, by that domain.
+    """
+
+    samples: list[dict[str, Any]]
+    report: dict[str, dict[str, Any]]
+
+
+def shares(counts: Mapping[str, int], temperature: float) -> dict[str, float]:
+    """Share of each domain: its count to the power of 1 / temperature, over the sum of those.
+
+    A temperature of 1 keeps the proportions, a high one evens them out (Devlin 2019, multilingual BERT's sampling).
+    """
+    powers = {name: count ** (1 / temperature) for name, count in counts.items()}
+    total = sum(powers.values())
+    return {name: power / total for name, power in powers.items()}
+
+
+def mix(files: Mapping[str, Path], samples: int, temperature: float, seed: int, near_duplicate: float) -> Mixture:
+    """At most `samples` samples of the domains' data files, by `shares`.
+
+    Each domain gives the beginning of its file, which covers it evenly. A domain that has less than its share gives all
+    it has; the others do not make up for it, since that would undo the balance.
+
+    Args:
+        files: Domain -> its training-data file.
+        samples: In all.
+        temperature: 1 keeps the proportions of the files, more evens them out; over 0.
+        seed: Of the order.
+        near_duplicate: Jaccard similarity from which answers of two domains count as one.
+
+    Raises:
+        MeetaraError: A file is missing, or no training data.
+    """
+    data = {name: _read(path) for name, path in sorted(files.items())}
+    counts = {name: len(content["samples"]) for name, content in data.items()}
+    by_share = shares(counts, temperature)
+    seen, owners = NearDuplicates(near_duplicate), list[str]()
+    mixed: list[dict[str, Any]] = []
+    report: dict[str, dict[str, Any]] = {}
+    for name, content in data.items():
+        wanted = round(samples * by_share[name])
+        repeats: Counter[str] = Counter()
+        taken = 0
+        for sample in content["samples"]:
+            if taken == wanted:
+                break
+            answers = [m["content"] for m in sample["messages"] if m["role"] == "assistant"]
+            other = seen.add(words_of("\n".join(answers)))
+            if other is not None and owners[other] != name:
+                repeats[owners[other]] += 1
+                continue
+            if other is None:
+                owners.append(name)
+            taken += 1
+            mixed.append(_named(sample, content["title"]))
+        report[name] = {
+            "available": counts[name],
+            "share": round(by_share[name], 4),
+            "taken": taken,
+            "near_duplicates": dict(repeats),
+        }
+    Random(seed).shuffle(mixed)
+    return Mixture(mixed, report)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["samples"] and content["title"]:
+            return dict(content)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise MeetaraError("no training data", where=path, remedy="run 01_generate_data for this domain")
+
+
+def _named(sample: dict[str, Any], title: str) -> dict[str, Any]:
+    """The sample with its domain named in the system prompt."""
+    system, *rest = sample["messages"]
+    return {**sample, "messages": [{**system, "content": f"{system['content']} Domain: {title}."}, *rest]}
