@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -25,7 +25,8 @@ Category = Literal["healthcare", "daily_life", "business", "education", "creativ
 CATEGORIES: tuple[str, ...] = get_args(Category)
 
 Text = Annotated[str, Field(min_length=2, max_length=600)]
-Name = Annotated[str, Field(pattern=NAME.pattern.replace(r"\Z", "$"))]
+# pydantic searches for a pattern anywhere in a text unless it is anchored.
+Name = Annotated[str, Field(pattern=rf"^{NAME.pattern.removesuffix(chr(92) + 'Z')}$")]
 
 
 class Statement(Strict):
@@ -187,15 +188,28 @@ def _content_faults(domain: Domain, path: Path) -> Iterator[tuple[Key, str, str]
                 yield (part, index), f"the form {form!r} cannot be filled", remedy
     yield from _repeats(domain)
     topics = {topic.id for topic in domain.topics}
-    texts = {_plain(text) for _, s in domain.statements for text in (*s.wordings, *s.ask)}
+    content = domain.model_dump(include={"topics", "red_flags", "neighbours", "beyond", "outside", "outside_reply"})
+    texts = "\n".join(f" {_plain(text)} " for text in _texts(content))
     for index, check in enumerate(domain.checks):
         if check.topic not in topics:
             yield ("checks", index, "topic"), f"{check.topic!r} is no topic", nearest(check.topic, topics)
         for part in ("question", "good"):
-            if _plain(getattr(check, part)) in texts:
+            if f" {_plain(getattr(check, part))} " in texts:
                 yield ("checks", index, part), "a held-out check stands in the statements", "word it differently"
         if len({_plain(text) for text in (check.good, *check.wrong)}) < 4:
             yield ("checks", index, "wrong"), "two answers of a check are the same", "change one fact in each"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a nest of lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
 
 
 def _repeats(domain: Domain) -> Iterator[tuple[Key, str, str]]:

@@ -51,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
                 "--batch-size", type=int, default=0, metavar="N",
                 help="domains that go through all stages before the next begin (default: all at once)",
             )  # fmt: skip
+    data = add("data", "how varied the training data is that was made: funnel, wording, use of the statements")
+    data.add_argument("domains", nargs="*", metavar="DOMAIN", help="domains (default: all that have training data)")
+    data.add_argument("--across", action="store_true", help="also count answers that nearly repeat another domain's")
+    _roots(data)
+    data.set_defaults(work=_data)
     validate = add("validate", "check domain specs and run files, and report every fault")
     validate.add_argument("files", nargs="*", type=Path, help="YAML files (default: every domain and run file)")
     validate.set_defaults(work=_validate)
@@ -157,6 +162,23 @@ def _list(options: argparse.Namespace) -> int:
         count = sum(1 for _ in domain.statements)
         rows.append([domain.category, name, len(domain.topics), count, len(domain.checks), domain.title])
     print(table(rows, ["category", "domain", "topics", "statements", "checks", "title"]))
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from .catalogue import Catalogue
+    from .hub import measures
+    from .lab import layout_of
+
+    layout, catalogue = layout_of(options.data_root, options.models_root), Catalogue()
+    files = {}
+    for name in options.domains or catalogue.files:
+        path = Path(layout.training_data(catalogue.category(name), name))
+        if path.exists() or options.domains:
+            files[name] = path
+    if not files:
+        raise MeetaraError("there is no training data yet", where=layout.data_root, remedy="run 01_generate_data first")
+    print(measures.report(files, across=options.across))
     return 0
 
 

@@ -153,7 +153,7 @@ class PackageSource(Strict):
 
     package: str
     file: str
-    sha256: Annotated[str, Field(pattern=r"[0-9a-f]{64}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Shape(Strict):

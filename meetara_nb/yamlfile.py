@@ -48,6 +48,7 @@ def load_yaml(path: Path) -> tuple[Any, dict[Key, int]]:
     lines: dict[Key, int] = {}
     faults: list[Fault] = []
     try:
+        _check_form(text, path)
         node = yaml.compose(text, Loader=_Loader)
         data = _build(node, (), lines, faults, path) if node is not None else None
     except yaml.YAMLError as error:
@@ -60,6 +61,25 @@ def load_yaml(path: Path) -> tuple[Any, dict[Key, int]]:
     if faults:
         raise MeetaraError.of(faults)
     return data, lines
+
+
+MOST_DEPTH = 30
+
+
+def _check_form(text: str, path: Path) -> None:
+    """Refuses what a small file could blow up with: deep nesting, and aliases that repeat a part again and again."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            depth += 1
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            depth -= 1
+        alias = isinstance(event, yaml.AliasEvent)
+        if alias or depth > MOST_DEPTH:
+            what = "aliases are not allowed here" if alias else f"nested more than {MOST_DEPTH} deep"
+            remedy = "write the text out" if alias else "check the brackets and the indentation"
+            line = f":{event.start_mark.line + 1}" if event.start_mark else ""
+            raise MeetaraError(what, where=f"{path}{line}", remedy=remedy)
 
 
 _SAFE_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}

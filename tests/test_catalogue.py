@@ -116,6 +116,44 @@ def test_faults(tmp_path: Path, spec: dict[str, Any], apply: Any, message: str) 
     assert f"{path}:" in fault.where, "names file and line"
 
 
+SAY = "Most cats hunt in the early evening, when the meadow around the old mill grows quiet."
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (lambda text: text.replace("mistakes:", "mistake:", 1), "mistake: unknown key -> did you mean mistakes"),
+        (lambda text: text.replace("domain: animal_habits", "domain: a/b", 1), ":1: domain: "),
+        (lambda text: text.replace("domain: animal_habits", "domain: ../../x", 1), ":1: domain: "),
+        (lambda text: text.replace("category: education", "category: creative", 1), "move the file"),
+        (lambda text: text.replace("id: cats_sleep", "id: cats_hunt", 1), "'cats_hunt' stands in the file twice"),
+        (lambda text: text.replace("Evening number 3 is the best choice.", SAY, 1), "a held-out check stands in the"),
+        (lambda text: text.replace("Evening number 3 is", "Keep still and watch. Wait, is", 1), ""),
+        (lambda text: text.replace("title: Animal", "title: !!python/object/apply:os.system [x] # ", 1), "not allowed"),
+        (lambda text: text.replace("title: Animal habits", "title: !!python/name:os.system", 1), "not allowed"),
+        (lambda text: text.replace("title: Animal habits", "title: &a x\nrole: *a", 1), "aliases are not allowed here"),
+        (lambda text: text + "more: " + "[" * 200_000, "nested more than 30 deep"),
+        (lambda text: text + "#" * 40_000_000, "over the limit"),
+        (lambda text: text + "\ttabs: 1", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_planted_faults_give_one_error_with_file_and_line(
+    tmp_path: Path, spec: dict[str, Any], plant: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command, as a user would meet them."""
+    from meetara_nb import cli
+
+    path = write_spec(tmp_path, spec)
+    path.write_text(plant(path.read_text(encoding="utf-8")), encoding="utf-8")
+    code = cli.main(["validate", str(path)])
+    errors = capsys.readouterr().err.splitlines()
+    if not message:
+        assert code == 0 and not errors
+        return
+    assert code == 2 and len(errors) == 1, errors
+    assert errors[0].startswith(f"error: {path}") and message in errors[0]
+
+
 def test_file_name_and_folder_must_agree(tmp_path: Path, spec: dict[str, Any]) -> None:
     path = write_spec(tmp_path, spec)
     wrong = path.with_name("other.yaml")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from random import Random
+from typing import Any
 
-from .dedup import ngrams, words_of
+from ..runlog import table
+from .dedup import NearDuplicates, ngrams, words_of
+from .mixture import answer_of, read_data
 
 Words = Sequence[str]
 
@@ -57,3 +61,57 @@ def measure(texts: Sequence[str]) -> dict[str, float | int | str]:
         "longest_shared_span": span,
         "answers_with_it": times,
     }
+
+
+def report(files: Mapping[str, Path], *, across: bool = False) -> str:
+    """The measures of domains' training data as a table, a column a domain.
+
+    Args:
+        files: Domain -> its training-data file.
+        across: Also count the answers that nearly repeat another domain's.
+    """
+    columns, contents = [], {name: read_data(path) for name, path in files.items()}
+    for content in contents.values():
+        answers = [answer_of(sample) for sample in content["samples"]]
+        columns.append(_shown(content["funnel"], measure(answers)))
+    spans = [f"  {name}: {column.pop('_span')}" for name, column in zip(contents, columns, strict=True)]
+    rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
+    text = (
+        table(rows, ["", *contents]) + "\n\nThe longest run of words that 1% of the answers share\n" + "\n".join(spans)
+    )
+    if across:
+        pairs = repeated_across(contents)
+        shown = [[f"{a} and {b}", count] for (a, b), count in pairs.most_common(20)]
+        found = table(shown, ["domains", "answers"]) if shown else "none"
+        text += f"\n\nAnswers that nearly repeat another domain's\n{found}"
+    return text
+
+
+def _shown(funnel: Mapping[str, Any], measures: Mapping[str, Any]) -> dict[str, str]:
+    lost = funnel["near_duplicates"], funnel["contaminated"], sum(funnel["dropped"].values())
+    uses, span = funnel["uses_of_a_statement"], measures["longest_shared_span"]
+    return {
+        "kept of generated": f"{funnel['kept']:,} of {funnel['generated']:,}",
+        "near-duplicates, overlap, filtered": ", ".join(f"{count:,}" for count in lost),
+        "statements used": f"{funnel['statements_used']} of {funnel['statements']}",
+        "uses of a statement, median and most": f"{uses['median']:g}, {uses['max']}",
+        "median words of an answer": f"{measures['median_words']}",
+        "distinct-2, distinct-3": f"{measures['distinct_2']:.3f}, {measures['distinct_3']:.3f}",
+        "mean similarity of word pairs": f"{measures['mean_similarity']:.4f}",
+        "vocabulary": f"{measures['vocabulary']:,}",
+        "_span": f"{len(span.split())} words in {measures['answers_with_it']:,} answers: {span}",
+    }
+
+
+def repeated_across(contents: Mapping[str, dict[str, Any]], near_duplicate: float = 0.8) -> Counter[tuple[str, str]]:
+    """How many answers nearly repeat an answer of another domain, by pair of domains."""
+    seen, owners = NearDuplicates(near_duplicate), list[str]()
+    pairs: Counter[tuple[str, str]] = Counter()
+    for name, content in contents.items():
+        for sample in content["samples"]:
+            other = seen.add(words_of(answer_of(sample)))
+            if other is None:
+                owners.append(name)
+            elif owners[other] != name:
+                pairs[owners[other], name] += 1
+    return pairs

@@ -54,7 +54,7 @@ def mix(files: Mapping[str, Path], samples: int, temperature: float, seed: int, 
     Raises:
         MeetaraError: A file is missing, or no training data.
     """
-    data = {name: _read(path) for name, path in sorted(files.items())}
+    data = {name: read_data(path) for name, path in sorted(files.items())}
     counts = {name: len(content["samples"]) for name, content in data.items()}
     by_share = shares(counts, temperature)
     seen, owners = NearDuplicates(near_duplicate), list[str]()
@@ -67,8 +67,7 @@ def mix(files: Mapping[str, Path], samples: int, temperature: float, seed: int, 
         for sample in content["samples"]:
             if taken == wanted:
                 break
-            answers = [m["content"] for m in sample["messages"] if m["role"] == "assistant"]
-            other = seen.add(words_of("\n".join(answers)))
+            other = seen.add(words_of(answer_of(sample)))
             if other is not None and owners[other] != name:
                 repeats[owners[other]] += 1
                 continue
@@ -86,7 +85,17 @@ def mix(files: Mapping[str, Path], samples: int, temperature: float, seed: int, 
     return Mixture(mixed, report)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def answer_of(sample: Mapping[str, Any]) -> str:
+    """All that the assistant says in a sample."""
+    return "\n".join(message["content"] for message in sample["messages"] if message["role"] == "assistant")
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """A training-data file: its head, and `samples`.
+
+    Raises:
+        MeetaraError: It is missing, or no such file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["samples"] and content["title"]:
