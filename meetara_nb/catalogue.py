@@ -189,7 +189,7 @@ def _content_faults(domain: Domain, path: Path) -> Iterator[tuple[Key, str, str]
     yield from _repeats(domain)
     topics = {topic.id for topic in domain.topics}
     content = domain.model_dump(include={"topics", "red_flags", "neighbours", "beyond", "outside", "outside_reply"})
-    texts = "\n".join(f" {_plain(text)} " for text in _texts(content))
+    texts = "\n".join(f" {_plain(text)} " for text in texts_of(content))
     for index, check in enumerate(domain.checks):
         if check.topic not in topics:
             yield ("checks", index, "topic"), f"{check.topic!r} is no topic", nearest(check.topic, topics)
@@ -200,16 +200,16 @@ def _content_faults(domain: Domain, path: Path) -> Iterator[tuple[Key, str, str]
             yield ("checks", index, "wrong"), "two answers of a check are the same", "change one fact in each"
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_of(value: Any) -> Iterator[str]:
     """Every text in a nest of lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _texts(part)
+            yield from texts_of(part)
     elif isinstance(value, list):
         for part in value:
-            yield from _texts(part)
+            yield from texts_of(part)
 
 
 def _repeats(domain: Domain) -> Iterator[tuple[Key, str, str]]:

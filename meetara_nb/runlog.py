@@ -59,6 +59,17 @@ class RunLog:
                 continue
 
 
+class CollectedLog(RunLog):
+    """A log whose lines for the reader are collected: another process shows them."""
+
+    def __init__(self, folder: Path | None, run_id: str, *, stage: str = "") -> None:
+        super().__init__(folder, run_id, stage=stage)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
     """Rows under headers as plain text."""
     from tabulate import tabulate

@@ -41,6 +41,7 @@ class Stage:
         after: The stages whose output it reads.
         makes: For people.
         make: (lab, domain, work folder) -> Product.
+        light: Whether it loads no model, so that several domains can be worked on at once.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Stage:
     after: tuple[str, ...]
     makes: str
     make: Callable[[Lab, Domain, Path], Product]
+    light: Callable[[Lab], bool] = lambda _: False
 
 
 # The work of each stage
@@ -79,6 +81,10 @@ def _make_data(lab: Lab, domain: Domain, work: Path) -> Product:
     )
     final = Path(lab.layout.training_data(domain.category, domain.domain))
     return Product({path: final}, {**facts, **({"teacher": made_by} if made_by else {})})
+
+
+def _composes(lab: Lab) -> bool:
+    return all(params.data.source == "grounded" for params in lab.params.values())
 
 
 def _teacher(lab: Lab, domain: Domain, replies: Path) -> Teacher:
@@ -244,7 +250,7 @@ def _make_metadata(lab: Lab, domain: Domain, work: Path) -> Product:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("data", "01_generate_data", 2, ("data", "teacher"), (), "training data", _make_data),
+        Stage("data", "01_generate_data", 2, ("data", "teacher"), (), "training data", _make_data, _composes),
         Stage("train", "02_train", 1, ("train",), ("data",), "trained model", _make_trained),
         Stage("gguf", "03_create_gguf", 1, ("gguf",), ("data", "train"), "GGUF", _make_gguf),
         Stage("evaluate", "04_evaluate", 1, ("evaluate",), ("train", "gguf"), "evaluation", _make_evaluation),

@@ -101,7 +101,7 @@ def test_a_red_flag_begins_with_its_action() -> None:
     assert reason(bad) == "safety: a red flag without its action first"
 
 
-@pytest.mark.parametrize("name", ["general_health", "entrepreneurship"])
+@pytest.mark.parametrize("name", sorted(Catalogue().files))
 def test_the_spec_itself_passes(name: str) -> None:
     """Every text that an answer can be made of passes the filters of its domain."""
     domain = Catalogue().load(name)

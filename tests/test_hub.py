@@ -62,20 +62,12 @@ def test_the_stream_ends_when_all_is_said(domain: Domain) -> None:
     assert 64 * 6 < len(drafts) <= 64 * 12 + 100
 
 
-def test_every_statement_has_six_surface_forms() -> None:
-    for name in ("general_health", "entrepreneurship"):
-        composer = Composer(Catalogue().load(name), 1, {})
-        for _, statement in composer.domain.statements:
-            forms = {composer._said_of(statement)[0] for _ in range(200)}
-            assert len(forms) >= 6, statement.id
-
-
 def test_surface_forms_are_two_sentences_where_something_joins_them() -> None:
-    assert surface_forms("Rest, because it heals.") == ["Rest, because it heals.", "Rest. The reason is that it heals."]
+    assert surface_forms("Rest, because it heals.") == ("Rest, because it heals.", "Rest. The reason is that it heals.")
     assert surface_forms("It is cold; wear a coat.")[1] == "It is cold. Wear a coat."
     assert surface_forms("It rains, so take a coat.")[1] == "It rains. So take a coat."
     for single in ("Stay, because of the rain.", "Speak up, so that all can hear.", "Rest a while."):
-        assert surface_forms(single) == [single]
+        assert surface_forms(single) == (single,)
 
 
 def test_misspelt_questions_can_still_be_read() -> None:

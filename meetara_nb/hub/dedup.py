@@ -19,7 +19,9 @@ def words_of(text: str) -> list[str]:
 
 def ngrams(words: Sequence[str], n: int) -> set[str]:
     """Runs of `n` words; the whole text where it is shorter."""
-    return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
+    if len(words) <= n:
+        return {" ".join(words)}
+    return set(map(" ".join, zip(*(words[i:] for i in range(n)), strict=False)))
 
 
 class NearDuplicates:

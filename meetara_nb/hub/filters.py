@@ -80,7 +80,7 @@ def language(draft: Draft, rules: Rules) -> str | None:
         letters = [c for c in text if c.isalpha()]
         if sum(c.isascii() for c in letters) < 0.9 * len(letters):
             return "language: not in Latin letters"
-    words = re.findall(r"[a-z']+", text.lower())
+    words = text.lower().split()
     if len(words) >= 8 and sum(word in FUNCTION_WORDS for word in words) < 0.2 * len(words):
         return "language: not English"
     return None
@@ -92,8 +92,10 @@ def repetition(draft: Draft, rules: Rules) -> str | None:
     if len(set(sentences)) < len(sentences):
         return "repetition: a sentence stands twice"
     words = draft.answer.lower().split()
-    runs = Counter(zip(*(words[i:] for i in range(6)), strict=False))
-    return "repetition: six words stand three times" if runs and max(runs.values()) > 2 else None
+    runs = list(zip(*(words[i:] for i in range(6)), strict=False))
+    if len(set(runs)) < len(runs) and max(Counter(runs).values()) > 2:
+        return "repetition: six words stand three times"
+    return None
 
 
 # In lower case. Openings are looked for at the beginning of a turn only.
@@ -146,60 +148,77 @@ def template_leak(draft: Draft, rules: Rules) -> str | None:
 
 
 _PERSONAL = {
-    "an e-mail address": re.compile(r"\b[\w.+-]+@[\w-]+\.\w{2,}"),
-    "an account number": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,}\b"),
-    "a telephone number": re.compile(r"(?<![\w.,])\+?\d[\d ()/-]{7,}\d(?![\w,])"),
+    "an e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.\w{2,}"),
+    "an account number": re.compile(r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,}\b"),
+    "a telephone number": re.compile(r"\d[\d ()/-]{7,}\d(?![\w,])"),
 }
+_PERSONAL_HINT = re.compile(r"@|\d\d")
 
 
 def personal_data(draft: Draft, rules: Rules) -> str | None:
     """No e-mail address, telephone or account number."""
-    for what, pattern in _PERSONAL.items():
-        if any(map(pattern.search, draft.turns)):
+    turns = [turn for turn in draft.turns if _PERSONAL_HINT.search(turn)]
+    for what, pattern in _PERSONAL.items() if turns else ():
+        if any(map(pattern.search, turns)):
             return f"personal data: {what}"
     return None
 
 
-_START = r"(?:^|[.!?\n] ?)"
 _MEDICINE = r"(?:tablets?|pills?|medicines?|medication|insulin|antidepressants?|antibiotics|blood thinners?)"
-_UNSAFE: dict[str, dict[str, re.Pattern[str]]] = {
+# What a sentence must not begin with, and what must not stand anywhere in it.
+_ORDERS: dict[str, dict[str, re.Pattern[str]]] = {
     "medical": {
-        "a dose": re.compile(
-            r"\b(?:take|taking|swallow|give|inject|chew)\b[^.]{0,50}?\b\d+(?:[.,]\d+)? ?"
-            r"(?:mg|mcg|micrograms?|milligrams?|units|iu|tablets?|pills?|capsules?)\b",
-            re.I,
-        ),
         "a diagnosis": re.compile(
-            _START + r"You (?:probably |clearly |certainly |definitely |almost certainly )?have (?:got )?(?:an? )?"
+            r"You (?:probably |clearly |certainly |definitely |almost certainly )?have (?:got )?(?:an? )?"
             r"(?:cancer|diabetes|depression|asthma|adhd|covid|pneumonia|anxiety disorder|heart attack|stroke|tumou?r)\b"
         ),
         "an order about medicine": re.compile(
-            _START + rf"(?:Stop|Quit|Skip|Double|Halve|Increase|Reduce) (?:taking )?(?:your|the) {_MEDICINE}"
+            rf"(?:Stop|Quit|Skip|Double|Halve|Increase|Reduce) (?:taking )?(?:your|the) {_MEDICINE}"
         ),
     },
     "financial": {
         "an investment order": re.compile(
-            rf"(?:{_START}|\byou (?:should|must) )(?:buy|sell) (?:more )?"
-            r"(?:shares|stocks?|bonds|bitcoin|crypto|gold|this)\b",
-            re.I,
+            r"(?:You (?:should|must) )?(?:[Bb]uy|[Ss]ell) (?:more )?(?:shares|stocks?|bonds|bitcoin|crypto|gold|this)\b"
         ),
+    },
+    "legal": {
+        "a legal order": re.compile(r"Sue (?:them|him|her|your)|Plead (?:not )?guilty\b"),
+    },
+}
+_CLAIMS: dict[str, dict[str, re.Pattern[str]]] = {
+    "medical": {
+        # A digit can only follow; looking for the unit first is what makes this fast.
+        "a dose": re.compile(
+            r"\d ?(?:mg|mcg|micrograms?|milligrams?|units|iu|tablets?|pills?|capsules?)\b", re.IGNORECASE
+        ),
+    },
+    "financial": {
         "a promised return": re.compile(r"\bguaranteed (?:return|profit|gain)s?\b(?! (?:do|does|is|are) not)", re.I),
     },
     "legal": {
         "a promised outcome": re.compile(r"\byou will (?:certainly |definitely |surely )?win\b", re.I),
-        "a legal order": re.compile(_START + r"(?:Sue (?:them|him|her|your)|Plead (?:not )?guilty)\b"),
     },
-}  # fmt: skip
+}
+_TAKING = re.compile(r"\b(?:take|taking|swallow|give|inject|chew)\b[^.]{0,60}\Z", re.IGNORECASE)
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?\n]) ?")
 
 
 def safety(draft: Draft, rules: Rules) -> str | None:
     """Nothing that the domain's safety level forbids, and the action first where there is a red flag."""
     if draft.kind == "red_flag" and not draft.turns[1].startswith(rules.actions):
         return "safety: a red flag without its action first"
-    for what, pattern in _UNSAFE.get(rules.safety, {}).items():
-        # What is called a mistake, or asked, may hold it; what is said may not.
-        if any(map(pattern.search, draft.turns[1::2])):
-            return f"safety: {what}"
+    # What is called a mistake, or asked, may hold it; what is said may not.
+    said = draft.turns[1] if len(draft.turns) == 2 else draft.answer
+    orders, claims = _ORDERS.get(rules.safety), _CLAIMS.get(rules.safety, {})
+    for what, pattern in claims.items():
+        for found in pattern.finditer(said):
+            if what != "a dose" or _TAKING.search(said, 0, found.start()):
+                return f"safety: {what}"
+    if orders:
+        for sentence in _SENTENCE_ENDS.split(said):
+            for what, pattern in orders.items():
+                if pattern.match(sentence):
+                    return f"safety: {what}"
     return None
 
 
@@ -217,13 +236,18 @@ def _stem(word: str) -> str:
 
 def content(text: str) -> frozenset[str]:
     """Stems of the content words of a text, and its numbers."""
-    words = set(_WORD.findall(_LIST_MARK.sub("", text.lower()))) - FUNCTION_WORDS
-    return frozenset(map(_stem, words))
+    return frozenset(map(_stem, _content_words(text)))
+
+
+def _content_words(text: str) -> set[str]:
+    return set(_WORD.findall(_LIST_MARK.sub("", text.lower()))) - FUNCTION_WORDS
 
 
 @cache
-def _source_content(text: str) -> frozenset[str]:
-    return content(text)
+def _known(text: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Content words and their stems of a text of the spec; it comes again and again."""
+    words = _content_words(text)
+    return frozenset(words), frozenset(map(_stem, words))
 
 
 def _own_phrases() -> frozenset[str]:
@@ -246,13 +270,16 @@ _FREE = _own_phrases()
 
 def unsupported(draft: Draft, rules: Rules) -> str | None:
     """No number, and at most a share of content words, that stand in none of the answer's sources."""
-    said = content(draft.answer)
-    missing = said - _FREE
-    for source in (*draft.sources, *draft.context):
-        missing -= _source_content(source)
-    if any(word[0].isdigit() for word in missing):
+    words = _content_words(draft.answer)
+    known = [_known(source) for source in (*draft.sources, *draft.context)]
+    missing = words.difference(*(found for found, _ in known))
+    if not missing:
+        return None
+    stems = set(map(_stem, missing)) - _FREE
+    stems.difference_update(*(found for _, found in known))
+    if any(word[0].isdigit() for word in stems):
         return "unsupported: a number that no source holds"
-    if len(missing) > rules.unsupported * len(said):
+    if len(stems) > rules.unsupported * len(words):
         return "unsupported: words that no source holds"
     return None
 

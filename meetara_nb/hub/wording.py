@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from random import Random
 
 LEADS = (
@@ -20,7 +21,8 @@ _BECAUSE = re.compile(r", because (?!of\b)")
 _SO = re.compile(r", so (?!that\b|as\b|much\b|many\b|far\b|long\b|on\b|forth\b)")
 
 
-def surface_forms(text: str) -> list[str]:
+@cache
+def surface_forms(text: str) -> tuple[str, ...]:
     """A sentence, and the same as two sentences where a semicolon, a reason or a consequence joins its halves."""
     forms = [text]
     if text.count("; ") == 1:
@@ -30,7 +32,7 @@ def surface_forms(text: str) -> list[str]:
     if len(_SO.findall(text)) == 1:
         first, second = _SO.split(text)
         forms.append(f"{first}. So {second}")
-    return forms
+    return tuple(forms)
 
 
 def _two_sentences(first: str, second: str) -> str:
