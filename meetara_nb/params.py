@@ -45,10 +45,17 @@ class DataParams(Strict):
     """Share of the samples whose questions are typed in a hurry."""
     unsupported: Share = 0.1
     """Share of the content words of an answer that may be missing in the statements it is made of."""
-    near_duplicate: Share = 0.8
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Answers whose word 5-grams have this Jaccard similarity or more count as one."""
     decontamination_words: Annotated[int, Field(ge=4, le=50)] = 8
     """A sample that shares this many words in a row with a held-out check is dropped."""
+
+    @field_validator("kinds")
+    @classmethod
+    def _some(cls, kinds: dict[Kind, float]) -> dict[Kind, float]:
+        if not any(kinds.values()):
+            raise ValueError("every kind of sample has the weight 0")
+        return kinds
 
 
 class TeacherParams(Strict):

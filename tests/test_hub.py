@@ -8,10 +8,11 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pytest
+from pydantic import ValidationError
 
 from meetara_nb.catalogue import Catalogue, Domain, load_domain
 from meetara_nb.errors import MeetaraError
@@ -20,7 +21,7 @@ from meetara_nb.hub.dataset import compose, to_json
 from meetara_nb.hub.dedup import SHINGLE, Contamination, NearDuplicates, ngrams, words_of
 from meetara_nb.hub.grounded import KINDS, MAIN, Composer
 from meetara_nb.hub.wording import misspelt, surface_forms
-from meetara_nb.params import DataParams
+from meetara_nb.params import DataParams, Kind
 
 PARAMS = DataParams(samples=300)
 
@@ -50,6 +51,14 @@ def test_kinds_have_their_shares_while_the_spec_lasts() -> None:
         assert 0.5 * share <= kinds[kind] / 600 <= 1.6 * share, kind
     only = DataParams(samples=60, kinds={"answer": 1.0, "mistake": 1.0, "outside": 0.0})
     assert {draft.kind for draft in compose(domain, only).drafts} == {"answer", "mistake"}
+
+
+def test_every_kind_has_a_maker_and_a_share() -> None:
+    assert set(get_args(Kind)) == set(KINDS) == set(DataParams().kinds)
+    with pytest.raises(ValidationError, match="every kind of sample has the weight 0"):
+        DataParams(kinds={"answer": 0.0})
+    with pytest.raises(ValidationError):
+        DataParams.model_validate({"kinds": {"answers": 1.0}})
 
 
 def test_no_two_drafts_say_the_same_texts(domain: Domain) -> None:
