@@ -13,7 +13,7 @@ from functools import cache
 
 import snowballstemmer
 
-from . import grounded, wording
+from . import grounded
 from .grounded import Draft
 
 
@@ -252,15 +252,7 @@ def _known(text: str) -> tuple[frozenset[str], frozenset[str]]:
 
 def _own_phrases() -> frozenset[str]:
     phrases: list[str] = [form for form, _ in grounded.BELIEFS]
-    for part in (
-        grounded.CORRECTIONS,
-        grounded.UNDERSTOOD,
-        grounded.ADDED,
-        grounded.MORE,
-        wording.LEADS,
-        wording.REASONS,
-        wording.LIMITS,
-    ):
+    for part in (grounded.CORRECTIONS, grounded.UNDERSTOOD, grounded.ADDED, grounded.MORE):
         phrases += part
     return content(" ".join(phrases).replace("{", " ").replace("}", " "))
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from ..catalogue import Domain, Statement, Topic
 from ..params import Kind
-from .wording import LEADS, LIMITS, REASONS, led, misspelt, surface_forms
+from .wording import misspelt, surface_forms
 
 T = TypeVar("T")
 
@@ -351,13 +351,12 @@ class Composer:
     def _said_of(self, statement: Statement) -> tuple[str, tuple[str, ...]]:
         """The statement in one of its surface forms, often with its reason or its limit, and the sources of it all."""
         text, sources = self._worded(statement)
-        parts = [led(text, self._pick(LEADS)) if self._random.random() < 0.2 else text]
+        parts = [text]
         if statement.why and self._random.random() < 0.5:
-            named = "The reason" in parts[0]
-            parts.append(statement.why if named else led(statement.why, self._pick(REASONS)))
+            parts.append(statement.why)
             sources += (statement.why,)
         if statement.limit and self._random.random() < 0.4:
-            parts.append(led(statement.limit, self._pick(LIMITS)))
+            parts.append(statement.limit)
             sources += (statement.limit,)
         return " ".join(parts), sources
 

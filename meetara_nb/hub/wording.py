@@ -6,17 +6,6 @@ import re
 from functools import cache
 from random import Random
 
-LEADS = (
-    "In short:",
-    "The main point:",
-    "Put simply:",
-    "Good to know:",
-    "Here is what matters:",
-    "The short answer:",
-)
-REASONS = ("", "", "The reason:", "Here is why:")
-LIMITS = ("", "", "Keep in mind:", "One more thing to know:")
-
 _BECAUSE = re.compile(r", because (?!of\b)")
 _SO = re.compile(r", so (?!that\b|as\b|much\b|many\b|far\b|long\b|on\b|forth\b)")
 
@@ -37,11 +26,6 @@ def surface_forms(text: str) -> tuple[str, ...]:
 
 def _two_sentences(first: str, second: str) -> str:
     return f"{first}. {second[0].upper()}{second[1:]}"
-
-
-def led(text: str, lead: str) -> str:
-    """`text` after a lead such as "In short:", or alone where the lead is empty."""
-    return f"{lead} {text}" if lead else text
 
 
 def misspelt(question: str, random: Random) -> str:
