@@ -44,7 +44,7 @@ def describe(data_root: Path, models_root: Path, work_root: Path) -> str:
     """Machine, libraries and roots as a table."""
     import psutil
 
-    from .training import device
+    from . import device
 
     where = device.detect()
     rows = [

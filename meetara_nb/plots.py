@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .catalogue import Domain
+from .hub.mixture import read_data
 from .lab import Lab
 from .runlog import size
 from .stages import STAGES
@@ -119,10 +120,10 @@ def lengths(lab: Lab) -> None:
         return
     figure, axes = _figure(len(done), height=2.2)
     for (domain, _), axis in zip(done, axes, strict=True):
+        samples = _samples(lab, domain)
         for role, colour in (("user", ORANGE), ("assistant", BLUE)):
             words = [
-                sum(len(m["content"].split()) for m in sample["messages"] if m["role"] == role)
-                for sample in _samples(lab, domain)
+                sum(len(m["content"].split()) for m in sample["messages"] if m["role"] == role) for sample in samples
             ]
             label = f"{role}: median {sorted(words)[len(words) // 2]}, longest {max(words)}"
             axis.hist(words, bins=range(0, max(words) + 5, 4), color=colour, alpha=0.6, label=label)
@@ -133,8 +134,7 @@ def lengths(lab: Lab) -> None:
 
 
 def _samples(lab: Lab, domain: Domain) -> list[dict[str, Any]]:
-    path = Path(lab.layout.training_data(domain.category, domain.domain))
-    return list(json.loads(path.read_text(encoding="utf-8"))["samples"])
+    return list(read_data(Path(lab.layout.training_data(domain.category, domain.domain)))["samples"])
 
 
 SHOWN = 12

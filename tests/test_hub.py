@@ -163,6 +163,18 @@ def test_no_two_answers_are_near_duplicates(domain: Domain) -> None:
             assert len(a & b) < 0.8 * len(a | b)
 
 
+def test_no_draft_is_asked_for_once_there_are_enough(domain: Domain) -> None:
+    taken = 0
+
+    def counted() -> Any:
+        nonlocal taken
+        for draft in Composer(domain, 1, PARAMS.kinds).drafts():
+            taken += 1
+            yield draft
+
+    assert compose(domain, PARAMS, counted()).funnel.as_dict()["generated"] == taken
+
+
 def test_a_thin_spec_says_how_much_is_missing(spec: dict[str, Any], tmp_path: Path) -> None:
     from conftest import write_spec
 

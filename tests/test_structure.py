@@ -14,10 +14,10 @@ import meetara_nb
 ROOT = Path(meetara_nb.__file__).parent
 # From the top of the house down; a package stands for its modules, listed in their own order.
 ORDER = [
-    "errors", "layout", "yamlfile", "store", "runlog", "quants", "params", "catalogue",
+    "errors", "layout", "yamlfile", "store", "runlog", "quants", "device", "params", "catalogue",
     "hub.wording", "hub.grounded", "hub.filters", "hub.dedup", "hub.dataset", "hub.backends", "hub.teacher",
     "hub.mixture", "hub.measures",
-    "training.bases", "training.device", "training.collate", "training.checkpoint", "training.engine",
+    "training.bases", "training.collate", "training.checkpoint", "training.engine",
     "gguf_factory.child", "gguf_factory.gguf_io", "gguf_factory.adapter", "gguf_factory.convert", "gguf_factory.merge",
     "gguf_factory.runtime", "gguf_factory.quantize", "gguf_factory.verify", "gguf_factory.factory",
     "evaluation", "metadata", "stages", "lab", "environment", "chain", "plan", "plots", "cli", "__main__",

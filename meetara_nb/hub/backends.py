@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..device import detect
 from ..errors import MeetaraError
 from ..params import TeacherParams
 
@@ -75,12 +76,9 @@ class Transformers:
         self.name, self.together, self._params = f"{model.name}:transformers", params.concurrency, params
         self._torch = torch
         self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, padding_side="left")
-        cuda = torch.cuda.is_available()
-        capable = cuda and torch.cuda.get_device_capability() >= (8, 0)
-        dtype = torch.bfloat16 if capable else torch.float16 if cuda else torch.float32
-        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, device_map="cuda" if cuda else "cpu"
-        )
+        where = detect()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[where.precision]
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=where.kind)
         self._model.eval()
 
     def complete(self, requests: Sequence[list[Message]], seeds: Sequence[int]) -> list[Reply]:

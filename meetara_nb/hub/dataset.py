@@ -113,8 +113,6 @@ def compose(
     window_start = 0
     started = said = time.monotonic()
     for count, draft in enumerate(drafts):
-        if len(kept) == params.samples:
-            break
         if count and count % WINDOW == 0:
             if len(kept) - window_start < LEAST_NEW * WINDOW:
                 break
@@ -127,6 +125,8 @@ def compose(
         elif isinstance(draft, Draft):
             kept.append(draft)
             funnel.keep(draft)
+            if len(kept) == params.samples:  # before another draft is asked for, which may cost a teacher's requests
+                break
         now = time.monotonic()
         if now - said >= PROGRESS_S and kept:
             said = now

@@ -187,7 +187,7 @@ _ORDERS: dict[str, dict[str, re.Pattern[str]]] = {
 }
 _CLAIMS: dict[str, dict[str, re.Pattern[str]]] = {
     "medical": {
-        # A digit can only follow; looking for the unit first is what makes this fast.
+        # The number is looked for first, since there are few; `_TAKING` must stand before it.
         "a dose": re.compile(
             r"\d ?(?:mg|mcg|micrograms?|milligrams?|units|iu|tablets?|pills?|capsules?)\b", re.IGNORECASE
         ),
@@ -208,7 +208,7 @@ def safety(draft: Draft, rules: Rules) -> str | None:
     if draft.kind == "red_flag" and not draft.turns[1].startswith(rules.actions):
         return "safety: a red flag without its action first"
     # What is called a mistake, or asked, may hold it; what is said may not.
-    said = draft.turns[1] if len(draft.turns) == 2 else draft.answer
+    said = draft.answer
     orders, claims = _ORDERS.get(rules.safety), _CLAIMS.get(rules.safety, {})
     for what, pattern in claims.items():
         for found in pattern.finditer(said):

@@ -10,8 +10,8 @@ from random import Random
 from typing import Any
 
 from ..runlog import table
-from .dedup import NearDuplicates, ngrams, words_of
-from .mixture import answer_of, read_data
+from .dedup import ngrams, words_of
+from .mixture import AcrossDomains, answer_of, read_data
 
 Words = Sequence[str]
 
@@ -70,11 +70,13 @@ def report(files: Mapping[str, Path], *, across: bool = False) -> str:
         files: Domain -> its training-data file.
         across: Also count the answers that nearly repeat another domain's.
     """
-    columns, contents = [], {name: read_data(path) for name, path in files.items()}
-    for content in contents.values():
-        answers = [answer_of(sample) for sample in content["samples"]]
-        columns.append(_shown(content["funnel"], measure(answers)))
-    spans = [f"  {name}: {column.pop('_span')}" for name, column in zip(contents, columns, strict=True)]
+    columns, spans = [], []
+    contents = {name: read_data(path) for name, path in files.items()}
+    for name, content in contents.items():
+        measures = measure([answer_of(sample) for sample in content["samples"]])
+        columns.append(_shown(content["funnel"], measures))
+        span = str(measures["longest_shared_span"])
+        spans.append(f"  {name}: {len(span.split())} words in {measures['answers_with_it']:,} answers: {span}")
     rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
     text = (
         table(rows, ["", *contents]) + "\n\nThe longest run of words that 1% of the answers share\n" + "\n".join(spans)
@@ -89,7 +91,7 @@ def report(files: Mapping[str, Path], *, across: bool = False) -> str:
 
 def _shown(funnel: Mapping[str, Any], measures: Mapping[str, Any]) -> dict[str, str]:
     lost = funnel["near_duplicates"], funnel["contaminated"], sum(funnel["dropped"].values())
-    uses, span = funnel["uses_of_a_statement"], measures["longest_shared_span"]
+    uses = funnel["uses_of_a_statement"]
     return {
         "kept of generated": f"{funnel['kept']:,} of {funnel['generated']:,}",
         "near-duplicates, overlap, filtered": ", ".join(f"{count:,}" for count in lost),
@@ -99,19 +101,15 @@ def _shown(funnel: Mapping[str, Any], measures: Mapping[str, Any]) -> dict[str, 
         "distinct-2, distinct-3": f"{measures['distinct_2']:.3f}, {measures['distinct_3']:.3f}",
         "mean similarity of word pairs": f"{measures['mean_similarity']:.4f}",
         "vocabulary": f"{measures['vocabulary']:,}",
-        "_span": f"{len(span.split())} words in {measures['answers_with_it']:,} answers: {span}",
     }
 
 
 def repeated_across(contents: Mapping[str, dict[str, Any]], near_duplicate: float = 0.8) -> Counter[tuple[str, str]]:
     """How many answers nearly repeat an answer of another domain, by pair of domains."""
-    seen, owners = NearDuplicates(near_duplicate), list[str]()
+    finder = AcrossDomains(near_duplicate)
     pairs: Counter[tuple[str, str]] = Counter()
     for name, content in contents.items():
         for sample in content["samples"]:
-            other = seen.add(words_of(answer_of(sample)))
-            if other is None:
-                owners.append(name)
-            elif owners[other] != name:
-                pairs[owners[other], name] += 1
+            if other := finder.repeats(name, sample):
+                pairs[other, name] += 1
     return pairs

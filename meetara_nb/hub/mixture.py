@@ -57,7 +57,7 @@ def mix(files: Mapping[str, Path], samples: int, temperature: float, seed: int, 
     data = {name: read_data(path) for name, path in sorted(files.items())}
     counts = {name: len(content["samples"]) for name, content in data.items()}
     by_share = shares(counts, temperature)
-    seen, owners = NearDuplicates(near_duplicate), list[str]()
+    across = AcrossDomains(near_duplicate)
     mixed: list[dict[str, Any]] = []
     report: dict[str, dict[str, Any]] = {}
     for name, content in data.items():
@@ -67,12 +67,9 @@ def mix(files: Mapping[str, Path], samples: int, temperature: float, seed: int, 
         for sample in content["samples"]:
             if taken == wanted:
                 break
-            other = seen.add(words_of(answer_of(sample)))
-            if other is not None and owners[other] != name:
-                repeats[owners[other]] += 1
+            if other := across.repeats(name, sample):
+                repeats[other] += 1
                 continue
-            if other is None:
-                owners.append(name)
             taken += 1
             mixed.append(_named(sample, content["title"]))
         report[name] = {
@@ -83,6 +80,22 @@ def mix(files: Mapping[str, Path], samples: int, temperature: float, seed: int, 
         }
     Random(seed).shuffle(mixed)
     return Mixture(mixed, report)
+
+
+class AcrossDomains:
+    """Finds answers that nearly repeat an answer of another domain; a domain's own were compared when it was made."""
+
+    def __init__(self, near_duplicate: float) -> None:
+        self._seen = NearDuplicates(near_duplicate)
+        self._owners: list[str] = []
+
+    def repeats(self, domain: str, sample: Mapping[str, Any]) -> str:
+        """The other domain whose answer the sample nearly repeats; empty where there is none, and it is taken in."""
+        other = self._seen.add(words_of(answer_of(sample)))
+        if other is None:
+            self._owners.append(domain)
+            return ""
+        return self._owners[other] if self._owners[other] != domain else ""
 
 
 def answer_of(sample: Mapping[str, Any]) -> str:

@@ -16,11 +16,12 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from .. import device
 from ..errors import MeetaraError
 from ..params import Base, TrainParams
 from ..runlog import RunLog, duration
 from ..store import digest_of, read_json, write_json
-from . import bases, checkpoint, device
+from . import bases, checkpoint
 from .collate import IGNORED, Encoded, Packs, collate, encode, pack
 
 MODULES = "all-linear"

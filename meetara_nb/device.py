@@ -1,4 +1,4 @@
-"""What the machine can do: the device to train on and the precision that suits it, with the reason."""
+"""What the machine can do: the device that models run on and the precision that suits it, with the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """Where training runs.
+    """Where a model runs.
 
     Attributes:
         kind: `cpu` or `cuda`.
