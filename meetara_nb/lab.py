@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import layout as names
 from . import params as parameters
@@ -22,6 +24,9 @@ from .params import Base, RunParams
 from .runlog import CollectedLog, RunLog, duration, new_run_id, size, table
 from .stages import RUN_BASE, STAGES, Stage
 from .store import Manifests, check_space, check_writable, digest_of, locked, read_json, write_json
+
+if TYPE_CHECKING:
+    from .training.adapted import WarmBase
 
 BASE_VERSION = 1
 # For the base's stop test.
@@ -60,6 +65,7 @@ class Lab:
     domains: list[Domain]
     log: RunLog
     manifests: Manifests
+    _warm: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -120,11 +126,18 @@ class Lab:
 
     @property
     def base_name(self) -> str:
-        return next(iter(self.params.values())).base
+        """The base's name in the registry, or the folder's or file's name as a file name can hold it."""
+        given = next(iter(self.params.values())).base
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(given).stem) if parameters.is_path(given) else given
 
-    @property
+    @cached_property
     def base(self) -> Base:
-        return parameters.bases()[self.base_name]
+        given = next(iter(self.params.values())).base
+        if not parameters.is_path(given):
+            return parameters.bases()[given]
+        from .training.local import local
+
+        return local(Path(given).expanduser())
 
     @property
     def prepared_base(self) -> Path:
@@ -135,11 +148,44 @@ class Lab:
         with locked(Path(self.layout.lock("base", "prepare")), self.log.run_id, self.log.say):
             return prepare(self.base, work / "transformers", self.log.say)
 
+    def warm_base(self, domain: Domain) -> WarmBase:
+        """The base in memory, as this domain's training wants it; loaded once for all that want it alike."""
+        from . import device
+        from .training.adapted import WarmBase
+
+        train = self.params_of(domain).train
+        if self._warm and self._warm[0] == (train.precision, train.base_precision):
+            return self._warm[1]
+        self._warm = None  # two do not fit
+        where = device.for_base(device.detect(train.precision), self.base.parameters, train.base_precision)
+        base = WarmBase(self.prepared_base, where)
+        self._warm = (train.precision, train.base_precision), base
+        return base
+
+    def minutes_for(self, domain: Domain) -> float | None:
+        """Wall clock for a domain's training, from its own budget and what is left of the run's; None for no limit."""
+        from . import device
+
+        train = self.params_of(domain).train
+        if train.max_steps:
+            return None
+        budgets = [train.max_minutes] if train.max_minutes else []
+        if train.run_minutes:
+            ended = [e for e in self.log.events() if e["stage"] == "train" and e["event"] in ("done", "failed")]
+            spent = sum(event.get("seconds", 0.0) for event in ended)
+            told = read_json(Path(self.layout.run(self.log.run_id)) / "params.json") or {}
+            everyone = told.get("domains", [d.domain for d in self.domains])
+            left = max(1, len(set(everyone) - {event["domain"] for event in ended}))
+            budgets.append(max(0.1, (train.run_minutes * 60 - spent) / left / 60))
+        if not budgets and device.detect(train.precision).kind == "cpu":
+            budgets.append(device.CPU_MINUTES)
+        return min(budgets, default=None)
+
     # What is done
 
     def key(self, stage: Stage, domain: Domain) -> str | None:
         """Hash of all that decides the stage's output; None where a stage before it is not done."""
-        inputs: dict[str, Any] = {"spec": domain.digest(), "base": [self.base_name, self.base.source.sha256]}
+        inputs: dict[str, Any] = {"spec": domain.digest(), "base": [self.base_name, self.base.identity]}
         for name in stage.after:
             before = self.manifest(STAGES[name], domain)
             if before is None:
@@ -159,7 +205,7 @@ class Lab:
 
     def check(self) -> None:
         """Raises MeetaraError where the run cannot work: roots, disk, or a damaged base. Changes no file."""
-        from .training.bases import checked_source
+        from .training import bases
 
         faults: list[Fault] = []
         data, models = Path(self.layout.data_root), Path(self.layout.models_root)
@@ -168,7 +214,7 @@ class Lab:
             lambda: check_writable(data, "data"),
             lambda: check_writable(models, "models"),
             lambda: check_writable(Path(self.layout.work_root), "work"),
-            lambda: checked_source(self.base),
+            lambda: bases.check(self.base),
             lambda: check_space(zip(("data", "models"), (data, models), self.needed_bytes(), strict=True)),
         ]
         for step in steps:
@@ -258,19 +304,20 @@ class Lab:
                 )  # fmt: skip
                 shutil.rmtree(work)
         except MeetaraError as error:
-            return self._failed(domain, str(error))
+            return self._failed(domain, str(error), started)
         except Exception as error:
             self.log.event("traceback", domain=domain.domain, traceback=traceback.format_exc())
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            return self._failed(domain, f"unexpected {reason} -> the traceback is in {self.log.folder}/events.jsonl")
+            told = f"unexpected {reason} -> the traceback is in {self.log.folder}/events.jsonl"
+            return self._failed(domain, told, started)
         sizes = {ref.rpartition("/")[2]: entry["bytes"] for ref, entry in manifest["outputs"].items()}
         self.log.event("done", domain=domain.domain, seconds=facts["seconds"], outputs_bytes=sizes)
         made = ", ".join(f"{name} ({size(count)})" for name, count in sizes.items())
         self.log.say(f"{domain.domain}: {made} in {duration(facts['seconds'])}")
         return Outcome(domain.domain, "done", facts)
 
-    def _failed(self, domain: Domain, error: str) -> Outcome:
-        self.log.event("failed", domain=domain.domain, error=error)
+    def _failed(self, domain: Domain, error: str, started: float) -> Outcome:
+        self.log.event("failed", domain=domain.domain, error=error, seconds=round(time.monotonic() - started, 1))
         self.log.say(f"{domain.domain}: FAILED: {error}")
         return Outcome(domain.domain, "failed", error=error)
 
@@ -290,7 +337,7 @@ class Lab:
         name = self.base_name
         with locked(Path(self.layout.lock("base", "gguf")), f"run {self.log.run_id}", self.log.say):
             wanted = ["F16", RUN_BASE]
-            key = digest_of(["base", BASE_VERSION, self.base.source.sha256, wanted])
+            key = digest_of(["base", BASE_VERSION, self.base.identity, wanted])
             if done := self.manifests.current("base", "base", name, key):
                 return done
             self.log.say(f"{name}: base as GGUF ({', '.join(wanted)}): about half a minute, once")

@@ -153,6 +153,12 @@ class Layout:
     def base_work(self, base: str) -> PurePath:
         return self.work_root / "base" / base
 
+    def checkpoints(self, category: str, domain: str) -> PurePath | None:
+        """Where copies of checkpoints outlive the machine; None where the work folder lies under the data root."""
+        if self.work_root.is_relative_to(self.data_root):
+            return None
+        return self.data_root / ".checkpoints" / checked_name(category) / checked_name(domain)
+
     def lock(self, category: str, name: str) -> PurePath:
         return self.work_root / "locks" / f"{checked_name(category)}.{name}.lock"
 

@@ -86,7 +86,7 @@ def metadata(
             "name": base_name,
             "origin": base.origin,
             "licence": base.licence,
-            "source_sha256": base.source.sha256,
+            "source_sha256": base.identity,
             "weights_sha256": manifests["base"]["facts"]["weights_sha256"],
         },
         "data": {

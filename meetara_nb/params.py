@@ -91,13 +91,16 @@ class TrainParams(Strict):
     epochs: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Passes over the data, if neither time nor steps end it before."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Wall clock for the whole stage, loading and saving included. None: 6 on a CPU, no limit on a GPU."""
+    """Wall clock for a domain's training, loading and saving included. None: 6 on a CPU, no limit on a GPU."""
+    run_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall clock for the training of all domains of a run; each gets an equal share of what is left."""
     max_steps: Annotated[int, Field(gt=0)] | None = None
     """Optimizer steps; when set, time is not planned."""
-    batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)] = 512
-    """Tokens in an optimizer step, at most; samples are packed whole."""
-    max_length: Annotated[int, Field(ge=64, le=131_072)] = 512
-    """Tokens in a sample, at most; longer ones are left out and counted."""
+    batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)] | None = None
+    """Tokens in an optimizer step, at most; samples are packed whole. None: 512 to 16,384, so that there are about 200
+    steps."""
+    max_length: Annotated[int, Field(ge=64, le=131_072)] | None = None
+    """Tokens in a sample, at most; longer ones are left out and counted. None: what the base attends to."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-3
     """Peak, after warm-up."""
     warmup_share: Share = 0.05
@@ -111,6 +114,20 @@ class TrainParams(Strict):
     lora_alpha: Annotated[int, Field(ge=1)] = 32
     """The adapter's output is scaled by alpha / rank."""
     lora_dropout: Share = 0.0
+    optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
+    """adamw8bit keeps its state in 8 bits, which the size of the trained model rests on."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of what is computed. auto: bf16 on GPUs that have it, fp16 with a scaler on older ones, fp32 on a CPU."""
+    base_precision: Literal["auto", "full", "nf4"] = "auto"
+    """How the frozen base is held: in full, or in 4 bits (QLoRA). auto: in 4 bits where it does not fit in full."""
+    held_out: Annotated[int, Field(ge=0, le=1_000)] = 24
+    """Samples that are not trained on, for the held-out loss. They come from the same composer: it flatters."""
+    patience: Annotated[int, Field(ge=1)] | None = 3
+    """The learning rate's decay begins early where the held-out loss has not fallen for so many measurements."""
+    go_on: bool = True
+    """Go on where the domain's last training, on the same data in the same way, stood before its decay."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run's folder."""
 
 
 class GgufParams(Strict):
@@ -156,17 +173,52 @@ class Tier(Strict):
 
 
 class PackageSource(Strict):
-    """Weights inside an installed Python package."""
+    """A GGUF file inside an installed Python package."""
 
     package: str
     file: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
+    @property
+    def identity(self) -> str:
+        return self.sha256
+
+
+class HubSource(Strict):
+    """A model repository of the Hugging Face Hub."""
+
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    """The commit, so that the same name means the same weights next year."""
+
+    @property
+    def identity(self) -> str:
+        return digest_of([self.repo, self.revision])
+
+
+class FolderSource(Strict):
+    """A local folder as transformers saves it."""
+
+    folder: str
+    identity: str
+    """Hash of its configuration and of its weight files' names, sizes and times."""
+
+
+class FileSource(Strict):
+    """A local GGUF file."""
+
+    path: str
+    sha256: str
+
+    @property
+    def identity(self) -> str:
+        return self.sha256
+
 
 class Shape(Strict):
     """Dimensions of a base: they give an adapter's size before it is trained, and GGUF's order of its rows."""
 
-    architecture: Literal["llama"]
+    architecture: str
     layers: int
     hidden: int
     heads: int
@@ -198,12 +250,17 @@ class Base(Strict):
     licence: str
     parameters: int
     shape: Shape
-    pre_tokenizer: Literal["gpt-2", "smollm"]
+    pre_tokenizer: str
     """llama.cpp's name for how text is cut before byte-pair encoding: the file's `tokenizer.ggml.pre`."""
-    source: PackageSource
+    source: PackageSource | HubSource | FolderSource | FileSource
     scopes: list[str]
     context: int
     """Tokens that the model was trained to attend to."""
+
+    @property
+    def identity(self) -> str:
+        """Hash that tells these weights from others."""
+        return self.source.identity
 
 
 class Scope(Strict):
@@ -302,7 +359,7 @@ def resolve(
 
     Args:
         tier: A name from `params/tiers.yaml`; empty for the category's.
-        base: A name from `params/bases.yaml`; empty for the domain scope's.
+        base: A name from `params/bases.yaml`, or the path of a folder or GGUF file; empty for the domain scope's.
         overrides: `section.name` -> value; they win over the tier. `domain.section.name` holds for that domain only,
             and wins over both.
         domain, category: Whose parameters; empty where none is known yet.
@@ -314,8 +371,10 @@ def resolve(
     tier, base = tier or known.categories.get(category, known.default), base or scopes()["domain"].base
     if tier not in known.tiers:
         faults.append(Fault(f"{tier!r} is no tier", "tier", nearest(tier, known.tiers)))
-    if base not in bases():
+    if base not in bases() and not is_path(base):
         faults.append(Fault(f"{base!r} is no base", "base", nearest(base, bases())))
+    elif is_path(base) and not Path(base).expanduser().exists():
+        faults.append(Fault("there is no such folder or file", base, "give a model folder, a .gguf file, or a name"))
     chosen = known.tiers.get(tier, known.tiers[known.default])
     data = {"tier": tier, "base": base, **chosen.model_dump(include=set(SECTIONS))}
     general, special = {}, {}
@@ -337,6 +396,11 @@ def resolve(
     if faults:
         raise MeetaraError.of(faults)
     return params
+
+
+def is_path(base: str) -> bool:
+    """Whether a base is given as a folder or file of the user's own, not by a name of the registry."""
+    return "/" in base or "\\" in base or base.endswith(".gguf")
 
 
 class RunFile(Strict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html import escape
@@ -12,10 +14,10 @@ from typing import Any
 from .catalogue import Domain
 from .hub.mixture import read_data
 from .lab import Lab
-from .runlog import size
+from .runlog import duration, size
 from .stages import STAGES
 
-BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#b8bec6"
+BLUE, ORANGE, GREY, DARK = "#2a6fbb", "#d9822b", "#b8bec6", "#1d2b3a"
 
 
 def _done(lab: Lab, stage: str) -> Iterator[tuple[Domain, dict[str, Any]]]:
@@ -192,32 +194,96 @@ def _group(title: str, samples: list[dict[str, Any]]) -> str:
 
 
 def losses(lab: Lab) -> None:
-    """Loss and learning rate over the steps."""
+    """Training and held-out loss and the learning rate over the steps, when training is done."""
     done = list(_done(lab, "train"))
     if not done:
         return
     figure, axes = _figure(len(done))
     for (domain, facts), axis in zip(done, axes, strict=True):
-        steps, values, rates = zip(*facts["losses"], strict=True)
-        axis.plot(steps, values, color=GREY, linewidth=1, label="loss of a step")
-        span = max(1, len(values) // 12)
-        smooth = [
-            sum(values[max(0, i - span) : i + 1]) / len(values[max(0, i - span) : i + 1]) for i in range(len(values))
-        ]
-        axis.plot(steps, smooth, color=BLUE, linewidth=2, label=f"mean of the last {span + 1}")
-        axis.set(xlabel="step", ylabel="loss (nats a token)")
+        _curve(axis, facts["losses"], facts["held_out"])
         axis.set_title(
             f"{domain.title}: {facts['tokens']:,} tokens, {facts['epochs']:.1%} of an epoch, "
-            f"{facts['tokens_per_s']:.0f} tokens/s",
+            f"{facts['tokens_per_s']:.0f} tokens/s, {size(facts['peak_memory_bytes'])} at most",
             loc="left",
         )
-        right = axis.twinx()
-        right.plot(steps, rates, color=ORANGE, linewidth=1, label="learning rate (right)")
-        right.spines[["top"]].set_visible(False)
-        right.set_ylim(bottom=0)
-        lines = [*axis.get_lines(), *right.get_lines()]
-        axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper right")
     _show(lab, figure, "losses")
+
+
+def _curve(axis: Any, losses: list[list[float]], held_out: list[list[float]]) -> None:
+    steps, values, rates = zip(*losses, strict=True)
+    axis.plot(steps, values, color=GREY, linewidth=1, label="loss of a step")
+    span = max(1, len(values) // 12)
+    smooth = [sum(values[max(0, i - span) : i + 1]) / len(values[max(0, i - span) : i + 1]) for i in range(len(values))]
+    axis.plot(steps, smooth, color=BLUE, linewidth=2, label=f"mean of the last {span + 1}")
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), color=DARK, marker="o", markersize=4, label="held-out loss")
+    axis.set(xlabel="step", ylabel="loss (nats a token)")
+    right = axis.twinx()
+    right.plot(steps, rates, color=ORANGE, linewidth=1, label="learning rate (right)")
+    right.spines[["top"]].set_visible(False)
+    right.set_ylim(bottom=0)
+    lines = [*axis.get_lines(), *right.get_lines()]
+    axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper right")
+
+
+class LiveCurve:
+    """The loss while it trains, drawn anew every few seconds in the notebook's output, and saved as PNG at the end.
+
+    It is an ordinary output that is replaced, not a widget: JupyterLab, Colab, VS Code and papermill all show it, and
+    the executed notebook keeps the last one.
+
+    Use it as a context around `lab.run("train")`.
+    """
+
+    def __init__(self, lab: Lab, every_s: float = 10.0) -> None:
+        self.lab, self.every_s = lab, every_s
+        self.handle: Any = None
+        self._begin("")
+
+    def __enter__(self) -> LiveCurve:
+        self.lab.log.listeners.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lab.log.listeners.remove(self)
+
+    def _begin(self, domain: str) -> None:
+        self.domain, self.losses, self.held_out = domain, list[list[float]](), list[list[float]]()
+        self.drawn, self.folder = 0.0, self.lab.log.folder
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Takes an event of the log."""
+        if event["domain"] and event["domain"] != self.domain:
+            self._begin(event["domain"])
+            self.handle = None
+        if event["event"] == "held out":
+            self.held_out.append([event["step"], event["loss"]])
+        elif event["event"] == "step":
+            self.losses.append([event["step"], event["loss"], event["learning_rate"]])
+            ended = event["step"] >= event["steps"]
+            if ended or time.monotonic() - self.drawn >= self.every_s:
+                self._draw(event)
+                self.drawn = time.monotonic()
+
+    def _draw(self, event: dict[str, Any]) -> None:
+        from IPython.display import Image, display
+
+        figure, (axis,) = _figure(1)
+        _curve(axis, self.losses, self.held_out)
+        axis.set_xlim(0, event["steps"])
+        axis.set_title(
+            f"{self.domain}: step {event['step']} of {event['steps']}, {event['tokens_per_s']} tokens/s, "
+            f"{duration(event['left_s'])} left, {size(event['memory_bytes'])} of memory",
+            loc="left",
+        )
+        content = io.BytesIO()
+        figure.savefig(content, dpi=90, bbox_inches="tight")
+        if self.handle is None:
+            self.handle = display(Image(content.getvalue()), display_id=True)
+        else:
+            self.handle.update(Image(content.getvalue()))
+        if self.folder is not None:
+            (self.folder / f"loss_{self.domain}.png").write_bytes(content.getvalue())
 
 
 def gate(lab: Lab) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,18 @@ class RunLog:
         self.run_id = run_id
         self.stage = stage
         self.quiet = quiet
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def event(self, event: str, *, domain: str = "", **fields: Any) -> None:
+        """Writes an event, and tells it to the listeners of this process."""
+        head = {"time": round(time.time(), 3), "run_id": self.run_id, "stage": self.stage, "domain": domain}
+        whole = {**head, "event": event, **fields}
+        for listener in self.listeners:
+            listener(whole)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        head = {"time": round(time.time(), 3), "run_id": self.run_id, "stage": self.stage, "domain": domain}
-        line = json.dumps({**head, "event": event, **fields}, ensure_ascii=False) + "\n"
+        line = json.dumps(whole, ensure_ascii=False) + "\n"
         # One write of one line in append mode does not mix with another process's.
         descriptor = os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

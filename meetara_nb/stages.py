@@ -101,22 +101,26 @@ def _teacher(lab: Lab, domain: Domain, replies: Path) -> Teacher:
 
 
 def _make_trained(lab: Lab, domain: Domain, work: Path) -> Product:
-    from .training.engine import train
+    from .training.engine import Job, train
 
     data = Path(lab.layout.training_data(domain.category, domain.domain))
-    trained = train(
+    final = Path(lab.layout.trained_model(domain.category, domain.domain))
+    lasting = lab.layout.checkpoints(domain.category, domain.domain)
+    job = Job(
         name=domain.domain,
         category=domain.category,
         base_name=lab.base_name,
         base=lab.base,
-        prepared=lab.prepared_base,
         data=data,
         data_sha256=sha256_of(data),
         params=lab.params_of(domain).train,
+        minutes=lab.minutes_for(domain),
         work=work,
-        log=lab.log,
+        lasting=Path(lasting) if lasting else None,
+        before=final if lab.manifests.intact("train", domain.category, domain.domain) else None,
     )
-    return Product({trained.path: Path(lab.layout.trained_model(domain.category, domain.domain))}, trained.facts)
+    trained = train(job, lambda: lab.warm_base(domain), lab.log)
+    return Product({trained.path: final}, trained.facts)
 
 
 def _make_gguf(lab: Lab, domain: Domain, work: Path) -> Product:
@@ -251,7 +255,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("data", "01_generate_data", 3, ("data", "teacher"), (), "training data", _make_data, _composes),
-        Stage("train", "02_train", 1, ("train",), ("data",), "trained model", _make_trained),
+        Stage("train", "02_train", 2, ("train",), ("data",), "trained model", _make_trained),
         Stage("gguf", "03_create_gguf", 1, ("gguf",), ("data", "train"), "GGUF", _make_gguf),
         Stage("evaluate", "04_evaluate", 1, ("evaluate",), ("train", "gguf"), "evaluation", _make_evaluation),
         Stage("metadata", "05_metadata", 1, (), ("data", "train", "gguf", "evaluate"), "metadata", _make_metadata),

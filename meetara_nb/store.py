@@ -121,6 +121,13 @@ class Manifests:
             return False
         return stat.st_mtime_ns == entry["mtime_ns"] or sha256_of(path) == entry["sha256"]
 
+    def intact(self, stage: str, category: str, name: str) -> bool:
+        """Whether what the stage last finished still stands, for whatever parameters it was made."""
+        manifest = self.read(stage, category, name)
+        if not manifest or not manifest.get("done"):
+            return False
+        return all(self._untouched(ref, entry) for ref, entry in manifest["outputs"].items())
+
     def damaged(self, stage: str, category: str, name: str) -> list[Path]:
         """Files that a finished manifest vouches for and that are there, but are not what they were."""
         manifest = self.read(stage, category, name)

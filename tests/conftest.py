@@ -142,6 +142,32 @@ def prepared(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(base, tmp_path_factory.mktemp("base"))
 
 
+def byte_tokenizer() -> Any:
+    """A tokenizer of single bytes with ChatML's marks, as transformers has it."""
+    import tiny
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    built = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tiny.TOKENS)}, merges=[]))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens(tiny.TOKENS[:3])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = tiny.TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a byte-level tokenizer, as a model folder of the user's own."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    byte_tokenizer().save_pretrained(folder)
+    tiny.model().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def free_space(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets what the disk says is free."""

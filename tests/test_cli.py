@@ -104,7 +104,7 @@ def test_a_damaged_source_of_the_base(run: Any, tmp_path: Path, monkeypatch: pyt
 
     damaged = tmp_path / "base.gguf"
     damaged.write_bytes(b"GGUF and then nothing that belongs there")
-    monkeypatch.setattr(bases, "source_file", lambda _: damaged)
+    monkeypatch.setattr(bases, "gguf_file", lambda _: damaged)
     status, (line,) = run("run", "--domains", "general_health")
     assert status == 2 and "the base file is damaged" in line and "pip install --force-reinstall" in line
 

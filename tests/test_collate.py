@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from meetara_nb.errors import MeetaraError
-from meetara_nb.training.collate import IGNORED, Encoded, collate, encode, pack
+from meetara_nb.training.collate import Encoded, collate, encode, pack, split
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -63,30 +63,49 @@ def test_packs_keep_the_order_and_the_limit() -> None:
         pack(samples, 100, 5)
 
 
-def test_collated_positions_restart_and_first_tokens_are_no_targets() -> None:
-    batch = collate([[Encoded([5, 6, 7], [True, True, False]), Encoded([8, 9], [True, True])]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, IGNORED, IGNORED, 9]]
+def test_collated_samples_are_laid_end_to_end() -> None:
+    batch = collate([Encoded([5, 6, 7], [True, True, False]), Encoded([8, 9], [True, True])])
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9] and batch.positions.tolist() == [0, 1, 2, 0, 1]
+    assert batch.blocks == [(1, 3), (1, 2)] and batch.slots is None and batch.first is None
+    # A sample's first token is nobody's target: nothing is predicted across a boundary.
+    assert batch.rows.tolist() == [0, 3] and batch.targets.tolist() == [6, 9]
 
 
-def test_packed_samples_do_not_see_one_another() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_a_common_beginning_is_held_once() -> None:
+    a, b = Encoded([5, 6, 7], [False, True, True]), Encoded([5, 6, 8, 9], [False, True, True, True])
+    batch = collate([a, b])
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9] and batch.positions.tolist() == [0, 1, 2, 2, 3]
+    assert batch.slots is not None and batch.first is not None
+    assert batch.ids[batch.slots].tolist() == [*a.ids, *b.ids]
+    assert batch.first.tolist() == [0, 1, 2, 5, 6]
+    assert batch.rows.tolist() == [0, 1, 0, 1, 3] and batch.targets.tolist() == [6, 7, 6, 8, 9]
+    padded = collate([a, b], pad=True)
+    assert padded.blocks == [(2, 4)] and padded.slots is not None and len(padded.slots) == 8
+    assert padded.rows.tolist() == batch.rows.tolist()
+    # As many places as tokens, yet not the same ones: 2 shared, 2 padded.
+    both = collate([Encoded([1, 2, 3], [True] * 3), Encoded([1, 2, 4, 5, 6], [True] * 5)], pad=True)
+    assert both.slots is not None and len(both.slots) == 10 and len(both.ids) == 6
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    a, b = Encoded([1, 2, 3, 4], [True] * 4), Encoded([9, 8, 7, 6, 5], [True] * 5)
-    batch = collate([[a, b]])
-    with torch.no_grad():
-        together = model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).logits[0]  # fmt: skip
-        alone = torch.cat([model(input_ids=torch.tensor([s.ids])).logits[0] for s in (a, b)])
-    assert torch.allclose(together, alone, atol=1e-5)
+
+def test_micro_batches_hold_what_fits_and_all_of_it() -> None:
+    samples = [Encoded([n] * length, [True] * length) for n, length in enumerate((30, 90, 50, 20))]
+    parts = split(samples, 100)
+    assert sorted(sample.ids[0] for part in parts for sample in part) == [0, 1, 2, 3]
+    assert [[len(s.ids) for s in part] for part in parts] == [[90], [50, 30, 20]]
+
+
+def test_where_a_template_drops_thinking_the_last_answer_is_trained(tokenizer: Any) -> None:
+    thinking = CHATML.replace(
+        "m['content'] +", "('<t>' if m['role'] == 'assistant' and loop.last else '') + m['content'] +"
+    )
+    plain, tokenizer.chat_template = tokenizer.chat_template, thinking
+    try:
+        (sample,) = encode(tokenizer, [TALK])
+    finally:
+        tokenizer.chat_template = plain
+    assert (
+        tokenizer.decode([t for t, on in zip(sample.ids, sample.trained, strict=True) if on]) == "<t>no idea<|im_end|>"
+    )
 
 
 def test_a_trained_model_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -107,7 +126,7 @@ def test_a_trained_model_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MeetaraError, match="cannot be loaded as weights"):
         load_trained_model(path)
     torch.save({"format": "other"}, path)
-    with pytest.raises(MeetaraError, match="not a trained model of this lab"):
+    with pytest.raises(MeetaraError, match="not a trained model of this version of the lab"):
         load_trained_model(path)
 
 
@@ -123,17 +142,3 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
         save_atomically(content, tmp_path / name / "x.pt")
     assert (tmp_path / "1" / "x.pt").read_bytes() == (tmp_path / "2" / "x.pt").read_bytes()
     assert torch.equal(torch.load(tmp_path / "1" / "x.pt")["v"], weight)
-
-
-def test_damaged_checkpoints_fall_back_to_the_one_before(tmp_path: Path) -> None:
-    from meetara_nb.training.checkpoint import newest_whole, seal
-
-    for step in (5, 10, 15, 20):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "optimizer.pt").write_text(str(step))
-        if step != 20:  # killed before it was sealed
-            seal(folder)
-    (tmp_path / "checkpoint-15" / "optimizer.pt").unlink()
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-10"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]

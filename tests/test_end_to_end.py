@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import small_spec, write_spec
 
 from meetara_nb.layout import PROJECT, Layout
@@ -146,8 +147,9 @@ def test_the_trained_model_is_what_its_docstring_says(first: tuple[Root, int, st
     content = load_trained_model(first[0].trained)
     assert content["lora"]["rank"] == 32 and len(content["losses"]) == content["plan"]["steps"] == 6
     trunk = content["trunk"]
-    assert trunk["step"] == 4 and trunk["adapter"].keys() == content["adapter"].keys()
-    assert any((trunk["adapter"][name] != weight).any() for name, weight in content["adapter"].items())
+    values = sum(weight.numel() for weight in content["adapter"].values())
+    assert trunk["step"] == 4 and trunk["weights"].numel() == values == 9_768_960
+    assert trunk["weights"].norm() != sum(weight.norm() ** 2 for weight in content["adapter"].values()) ** 0.5
     assert content["data_sha256"] == sha256_of(Path(first[0].layout.training_data(CATEGORY, NAME)))
 
 
@@ -271,3 +273,23 @@ def test_the_merged_form_is_a_model_of_its_own(first: tuple[Root, int, str]) -> 
         assert f"FROM ./{path.name}" in Path(made.layout.domain_modelfile(CATEGORY, NAME, quant)).read_text()
     assert 100e6 < sizes["Q4_K_M"] < 110e6 < sizes["Q8_0"]
     assert made.gguf.is_file(), "the adapter made before is still there"
+
+
+def test_a_base_in_four_bits_from_training_to_merged_gguf(
+    first: tuple[Root, int, str], root: Callable[[str], Root]
+) -> None:
+    """QLoRA as it is: the base in NF4, AdamW8bit, bitsandbytes' own code on the CPU."""
+    from meetara_nb.gguf_factory.runtime import Runtime
+
+    made = with_base(root("nf4"), first[0])
+    options = ("--form", "merged", "--set", "train.base_precision=nf4", "--set", "train.optimizer=adamw8bit")
+    status, text = made.run(options=options)
+    assert status == 0, text
+    assert "fp32, base in NF4 (no CUDA GPU is visible; base in NF4: asked for" in text
+    content = load_trained_model(made.trained)
+    assert content["plan"]["device"] == "cpu fp32 nf4" and len(content["losses"]) == 6
+    state = content["trunk"]["optimizer"]["state"][0]["__bnb_optimizer_quant_state__"]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    runtime = Runtime(Path(made.layout.domain_gguf(CATEGORY, NAME, "Q4_K_M", merged=True)))
+    assert runtime.answer([{"role": "user", "content": "Say hello."}], 100).text
+    runtime.close()

@@ -92,7 +92,10 @@ def test_the_digest_follows_the_sections_named() -> None:
 
 def test_shipped_files_load() -> None:
     assert set(params.tiers().tiers) == {"smoke", "fast", "balanced", "quality"}
-    assert len(params.bases()) == 1
+    for base in params.bases().values():
+        assert base.licence == "Apache-2.0" and set(base.scopes) <= set(params.scopes())
+    default = params.bases()[params.scopes()["domain"].base]
+    assert default.source.identity == default.identity
     assert set(params.scopes()) == {"domain", "domain_merged"}
     runs = sorted((params.layout.PARAMS / "runs").glob("*.yaml"))
     assert len(runs) == 1

@@ -17,8 +17,11 @@ ORDER = [
     "errors", "layout", "yamlfile", "store", "runlog", "quants", "device", "params", "catalogue",
     "hub.wording", "hub.grounded", "hub.filters", "hub.dedup", "hub.dataset", "hub.backends", "hub.teacher",
     "hub.mixture", "hub.measures",
-    "training.bases", "training.collate", "training.checkpoint", "training.engine",
-    "gguf_factory.child", "gguf_factory.gguf_io", "gguf_factory.adapter", "gguf_factory.convert", "gguf_factory.merge",
+    "gguf_factory.gguf_io",
+    "training.local", "training.bases", "training.adapted", "training.collate", "training.samples",
+    "training.decoder", "training.checkpoint", "training.schedule", "training.progress",
+    "training.stepper", "training.engine",
+    "gguf_factory.child", "gguf_factory.adapter", "gguf_factory.convert", "gguf_factory.merge",
     "gguf_factory.runtime", "gguf_factory.quantize", "gguf_factory.verify", "gguf_factory.factory",
     "evaluation", "metadata", "stages", "lab", "environment", "chain", "plan", "plots", "cli", "__main__",
 ]  # fmt: skip

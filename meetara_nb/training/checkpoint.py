@@ -6,37 +6,97 @@ import os
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import MeetaraError
-from ..store import read_json, sha256_of, write_json
+from ..runlog import size
+from ..store import Say, existing, read_json, sha256_of, write_json
 
-SEAL = "meetara_seal.json"
-FORMAT = "meetara-trained-model/1"
-
-
-def seal(checkpoint: Path) -> None:
-    """Writes the hash of every file of a finished checkpoint into it, last."""
-    hashes = {path.name: sha256_of(path) for path in sorted(checkpoint.iterdir()) if path.name != SEAL}
-    write_json(checkpoint / SEAL, hashes)
+FORMAT = "meetara-trained-model/2"
+CHECKPOINT = "meetara-checkpoint/1"
+KEPT = 2
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest sealed checkpoint whose files are what they were; removes those that are not.
+class Checkpoints:
+    """The newest states of one training, in a local folder and, rarer, in one that outlives the machine.
 
-    transformers' Trainer takes the highest number unchecked, and resumes without an optimizer where its file is
-    missing.
+    A checkpoint is a file `step-000120.pt` and, written after it, `step-000120.json` with its hash: without that, or
+    with another hash, it does not exist. The one before the newest is kept.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
-        hashes = read_json(checkpoint / SEAL)
-        if hashes and all((checkpoint / n).is_file() and sha256_of(checkpoint / n) == h for n, h in hashes.items()):
-            return checkpoint
-        shutil.rmtree(checkpoint)
-    return None
+
+    def __init__(self, local: Path, lasting: Path | None, lasting_every_s: float, say: Say) -> None:
+        """Args:
+        local: On this machine's disk.
+        lasting: On a drive that a later session sees; None where `local` is such a place itself.
+        lasting_every_s: Seconds between copies to it: Drive keeps deleted files in its bin, which counts.
+        say: For what goes wrong without stopping the training.
+        """
+        self.local, self.lasting, self.every_s, self.say = local, lasting, lasting_every_s, say
+        self._copied = time.monotonic()
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Saves the state after `content["step"]`; older ones but the last go."""
+        path = self.local / f"step-{content['step']:06}.pt"
+        save_atomically({"format": CHECKPOINT, **content}, path)
+        write_json(path.with_suffix(".json"), {"sha256": sha256_of(path)})
+        _prune(self.local)
+        if self.lasting and time.monotonic() - self._copied >= self.every_s:
+            self._copied = time.monotonic()
+            try:
+                self._copy(path, self.lasting)
+            except OSError as error:  # a mount that went away must not stop what goes on without it
+                self.say(f"  the checkpoint could not be copied to {self.lasting} ({error.strerror}); training goes on")
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint of either place; None where there is none.
+
+        Raises:
+            MeetaraError: It is whole, but of a format that this version does not read.
+        """
+        found = {
+            path.name: path for folder in (self.lasting, self.local) if folder for path in folder.glob("step-*.pt")
+        }
+        for name in sorted(found, reverse=True):
+            for folder in (self.local, self.lasting):
+                path = folder / name if folder else None
+                if path is None or not path.exists():
+                    continue
+                seal = read_json(path.with_suffix(".json")) or {}
+                if seal.get("sha256") != sha256_of(path):
+                    self.say(f"  the checkpoint {path} is damaged or unfinished: the one before it is taken")
+                    continue
+                content = _load(path, CHECKPOINT, "a checkpoint", "remove it and run again")
+                return {**content, "path": str(path)}
+        return None
+
+    def clear(self) -> None:
+        for folder in (self.local, self.lasting):
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _copy(self, path: Path, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / path.name
+        partial = target.with_suffix(".partial")
+        shutil.copyfile(path, partial)
+        partial.replace(target)
+        shutil.copyfile(path.with_suffix(".json"), target.with_suffix(".json"))
+        _prune(folder)
+
+
+def _prune(folder: Path) -> None:
+    """Removes all but the newest whole checkpoints, and leftovers."""
+    sealed = sorted(folder.glob("step-*.json"))
+    for seal in sealed[:-KEPT]:
+        seal.unlink()
+    kept = {seal.stem for seal in sealed[-KEPT:]}
+    for path in [*folder.glob("step-*.pt"), *folder.glob("step-*.partial")]:
+        if path.stem not in kept:
+            path.unlink()
 
 
 SHARED_ELEMENTS = 4096
@@ -66,13 +126,23 @@ def canonical(content: Any, tables: dict[tuple[Any, ...], torch.Tensor] | None =
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
     """`torch.save` under a partial name, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(canonical(content), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(canonical(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns some of the system's errors into its own
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(existing(path.parent)).free
+        raise MeetaraError(
+            f"the training's state could not be saved ({str(error).splitlines()[0][:100]}; {size(free)} free)",
+            where=path,
+            remedy="make room, or choose another disk with MEETARA_WORK_ROOT, and run again: it goes on from the "
+            "last checkpoint",
+        ) from None
 
 
 def rng_state() -> dict[str, Any]:
@@ -83,9 +153,23 @@ def rng_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
         "numpy": [str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
         "python": [version, list(internal), gauss],
     }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts the random generators where `rng_state` found them; a GPU's only where as many are there."""
+    import numpy as np
+
+    torch.set_rng_state(state["torch"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def load_trained_model(path: Path) -> dict[str, Any]:
@@ -94,25 +178,27 @@ def load_trained_model(path: Path) -> dict[str, Any]:
     - `format`, `domain`, `category`, `base`, `lora` (rank, alpha, modules), `params`, `plan`, `versions`;
     - `data_sha256` and `base_sha256`: what it was trained on;
     - `adapter`: the shipped LoRA weights in fp32, after the learning rate's decay, by peft's names (39 MB);
-    - `trunk`: the state before that decay, from which a later session goes on: `step`, `adapter` (other weights than
-      the shipped ones, 39 MB), `optimizer` (8-bit AdamW, 20 MB), `scheduler`, `rng`. It is None, and the file 39 MB,
-      where the run was too short to have a step before the decay;
-    - `losses`: [step, loss, learning rate] of every step; `tokens` and `trained_tokens` seen.
+    - `trunk`: the state before that decay, from which a later session goes on: `step`, `tokens`, `weights` (other
+      values than the shipped ones; flat, 39 MB), `optimizer` (8-bit AdamW, 20 MB), `rng`. It is None, and the file
+      39 MB, where the run was too short to have a step before the decay;
+    - `losses`: [step, loss, learning rate] of every step; `held_out`: [step, loss]; `tokens` and `trained_tokens` seen.
 
     It is loaded with `weights_only=True`, so that a file from elsewhere runs no code.
 
     Raises:
         MeetaraError: No such file, a damaged one, one that would run code, or another format.
     """
+    return _load(path, FORMAT, "a trained model of this version of the lab", "train the domain again")
+
+
+def _load(path: Path, format_: str, what: str, remedy: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise MeetaraError("no such trained model", where=path, remedy="train the domain first") from None
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
         reason = str(error).splitlines()[0][:120]
-        raise MeetaraError(
-            f"cannot be loaded as weights ({reason})", where=path, remedy="remove it and run again"
-        ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise MeetaraError("not a trained model of this lab", where=path, remedy="remove it and run again")
+        raise MeetaraError(f"cannot be loaded as weights ({reason})", where=path, remedy=remedy) from None
+    if not isinstance(content, dict) or content.get("format") != format_:
+        raise MeetaraError(f"not {what}", where=path, remedy=remedy)
     return content

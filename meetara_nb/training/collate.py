@@ -1,7 +1,8 @@
-"""Chat samples as packed token sequences in which only the assistant's tokens carry loss."""
+"""Chat samples as batches of tokens in which only the assistant's carry loss, without padding or repetition."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 import torch
 
 from ..errors import MeetaraError
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Packs:
     """The data as the engine sees it.
 
     Attributes:
-        packs: Conversations grouped into steps of at most `batch_tokens` tokens, in the data's order.
+        packs: Conversations grouped into optimizer steps of at most `batch_tokens` tokens, in the data's order.
         tokens: All tokens.
         trained_tokens: Those that carry loss.
         too_long: Conversations left out because they exceed `max_length`.
@@ -38,14 +37,45 @@ class Packs:
     too_long: int
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Some conversations as tensors, a token that several of them begin with in common held once.
+
+    Attributes:
+        ids, positions: Of every token that is computed; shape [tokens].
+        slots: For every place of the blocks, laid end to end, the token that stands there; None where that is simply
+            0, 1, 2 and so on.
+        first: For every token, the first place where it stands; None likewise.
+        blocks: The places in which attention is causal: (samples, places for each), in the order of `slots`. Padding,
+            if any, is at the ends, where no token attends to it.
+        rows: The tokens whose next one is trained on, once for each sample; `targets`: that next one. Shape [trained].
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor | None
+    first: torch.Tensor | None
+    blocks: list[tuple[int, int]]
+    rows: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: str) -> Batch:
+        moved: dict[str, Any] = {
+            name: value.to(device) if torch.is_tensor(value) else value for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+
 def encode(tokenizer: Any, conversations: Sequence[list[dict[str, str]]]) -> list[Encoded]:
     """Renders conversations with the tokenizer's chat template and marks the assistant's part.
 
     The template is rendered up to each assistant turn and past it; what lies between, up to and including the token
-    that ends the turn, is trained on. So the model learns to answer and to stop, and nothing else.
+    that ends the turn, is trained on. So the model learns to answer and to stop, and nothing else. Where a template
+    writes earlier turns otherwise once others follow (as those that drop a model's thinking do), only the last answer
+    is trained on.
 
     Raises:
-        MeetaraError: A conversation without an assistant turn, or a template whose beginning depends on its end.
+        MeetaraError: A conversation without an assistant turn, or a template that changes even what precedes the last.
     """
 
     def render(messages: list[dict[str, str]], prompt: bool) -> str:
@@ -59,9 +89,10 @@ def encode(tokenizer: Any, conversations: Sequence[list[dict[str, str]]]) -> lis
             if message["role"] != "assistant":
                 continue
             before, through = render(messages[:turn], True), render(messages[: turn + 1], False).rstrip()
-            if not (text.startswith(before) and text.startswith(through)):
-                raise MeetaraError("the chat template rewrites earlier turns", remedy="choose another base")
-            found.append((len(before), len(through)))
+            if text.startswith(before) and text.startswith(through):
+                found.append((len(before), len(through)))
+            elif turn == len(messages) - 1:
+                raise MeetaraError("the chat template rewrites what precedes an answer", remedy="choose another base")
         if not found:
             raise MeetaraError("a sample has no assistant turn", where=f"sample {number}", remedy="make the data again")
         texts.append(text)
@@ -96,22 +127,56 @@ def pack(samples: Iterable[Encoded], batch_tokens: int, max_length: int) -> Pack
     return Packs(packs, tokens, trained, too_long)
 
 
-def collate(batch: list[list[Encoded]]) -> dict[str, torch.Tensor]:
-    """One pack as tensors of shape [1, tokens].
+def split(samples: Sequence[Encoded], tokens: int) -> list[list[Encoded]]:
+    """The samples of a step as micro-batches of at most `tokens` tokens each, similar lengths together."""
+    return pack(sorted(samples, key=lambda sample: -len(sample.ids)), tokens, sys.maxsize).packs
 
-    Positions restart at each sample and there is no attention mask: transformers then attends within each sample only
-    (with a mask it would not). A sample's first token is never a target, so nothing is predicted across a boundary.
+
+def collate(samples: Sequence[Encoded], *, share: bool = True, pad: bool = False) -> Batch:
+    """Conversations as one batch.
+
+    Args:
+        samples: At least one.
+        share: Hold tokens once with which several samples begin: their hidden states are the same by causality, so one
+            pass, with the gradients of all, is exact.
+        pad: Make one block of all samples, for devices where one large kernel beats many small ones; without it each
+            sample is a block of its own, and no place is padding.
     """
-    (samples,) = batch
-    ids = [token for sample in samples for token in sample.ids]
-    labels = [
-        token if trained and place else IGNORED
-        for sample in samples
-        for place, (token, trained) in enumerate(zip(sample.ids, sample.trained, strict=True))
-    ]
-    positions = [place for sample in samples for place in range(len(sample.ids))]
-    return {
-        "input_ids": torch.tensor([ids]),
-        "labels": torch.tensor([labels]),
-        "position_ids": torch.tensor([positions]),
-    }
+    ids: list[int] = []
+    positions: list[int] = []
+    paths: list[list[int]] = []
+    known: dict[tuple[int, int], int] = {}
+    for sample in samples:
+        before, path = -1, []
+        for place, token in enumerate(sample.ids):
+            at = known.get((before, token)) if share else None
+            if at is None:
+                at = len(ids)
+                known[before, token] = at
+                ids.append(token)
+                positions.append(place)
+            path.append(at)
+            before = at
+        paths.append(path)
+    rows, targets = [], []
+    for sample, path in zip(samples, paths, strict=True):
+        for place in range(1, len(path)):
+            if sample.trained[place]:
+                rows.append(path[place - 1])
+                targets.append(sample.ids[place])
+    width = max(map(len, paths))
+    blocks = [(len(paths), width)] if pad else [(1, len(path)) for path in paths]
+    slots = [at for path in paths for at in path + [0] * (width - len(path) if pad else 0)]
+    placed = slots == list(range(len(ids)))
+    first: list[int] = [0] * len(ids)
+    for place in range(len(slots) - 1, -1, -1):
+        first[slots[place]] = place
+    return Batch(
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        slots=None if placed else torch.tensor(slots),
+        first=None if placed else torch.tensor(first),
+        blocks=blocks,
+        rows=torch.tensor(rows, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+    )
