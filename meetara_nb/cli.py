@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
 
-    listing = add("list", "the domains, by category, with their statements and checks")
+    listing = add("list", "the domains, by category, with their statements and checks, or the base models")
+    listing.add_argument("--bases", action="store_true", help="the base models of params/bases.yaml instead")
     listing.set_defaults(work=_list)
     for name, text, work in (
         ("run", "make training data, model, GGUF, evaluation and metadata of domains", _run),
@@ -84,8 +85,9 @@ def _selection(command: argparse.ArgumentParser) -> None:
     add("--domains", default="", metavar="A[,B]", help="domains, separated by commas; `all` for all that have a spec")
     add("--params", type=Path, metavar="FILE", help="a run file that names domains, tier, base and overrides")
     add("--tier", default="", help="how much data and training: smoke, fast, balanced, quality (default: by category)")
-    add("--base", default="", help="a base model of params/bases.yaml")
+    add("--base", default="", help="a base model of params/bases.yaml, or the path of a model folder or GGUF file")
     add("--max-minutes", type=float, metavar="N", help="training time for each domain (default on a CPU: 6)")
+    add("--run-minutes", type=float, metavar="N", help="training time for all domains together, shared equally")
     add("--max-steps", type=int, metavar="N", help="train exactly so many steps instead of planning by time")
     add("--samples", type=int, metavar="N", help="training samples to keep for each domain")
     add("--quant", metavar="Q[,Q]", help="quantisation levels, for example Q4_K_M,Q8_0 (default: Q4_K_M)")
@@ -111,6 +113,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
             raise MeetaraError(f"the value {text!r} cannot be read", where=f"--set {key}") from None
     flags = {
         "train.max_minutes": options.max_minutes,
+        "train.run_minutes": options.run_minutes,
         "train.max_steps": options.max_steps,
         "data.samples": options.samples,
         "gguf.quants": [q.strip() for q in options.quant.split(",")] if options.quant else None,
@@ -159,10 +162,28 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _list_bases() -> int:
+    from .params import HubSource, bases
+    from .runlog import table
+
+    rows = []
+    for name, base in bases().items():
+        source = base.source
+        where = f"Hub, {source.revision[:12]}" if isinstance(source, HubSource) else "comes along"
+        rows.append(
+            [name, f"{base.parameters / 1e6:,.0f} M", base.shape.architecture, base.licence, base.origin, where]
+        )
+    print(table(rows, ["base", "parameters", "architecture", "licence", "origin", "weights"]))
+    print("\n--base also takes the path of a folder as transformers saves it, or of a GGUF file (llama architecture).")
+    return 0
+
+
 def _list(options: argparse.Namespace) -> int:
     from .catalogue import Catalogue
     from .runlog import table
 
+    if options.bases:
+        return _list_bases()
     catalogue, rows = Catalogue(), []
     for name in sorted(catalogue.files, key=lambda name: (catalogue.category(name), name)):
         domain = catalogue.load(name)

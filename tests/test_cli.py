@@ -109,6 +109,21 @@ def test_a_damaged_source_of_the_base(run: Any, tmp_path: Path, monkeypatch: pyt
     assert status == 2 and "the base file is damaged" in line and "pip install --force-reinstall" in line
 
 
+def test_the_bases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "--bases"]) == 0
+    shown = capsys.readouterr().out
+    assert "smollm2-135m-q4_1  135 M" in shown and "comes along" in shown
+    assert "Hub, a09a35458c70" in shown and shown.count("Apache-2.0") == 10
+
+
+def test_a_path_that_is_no_base(run: Any, tmp_path: Path) -> None:
+    status, (line,) = run("plan", "--domains", "general_health", "--base", str(tmp_path / "none"))
+    assert status == 2 and "there is no such folder or file -> give a model folder, a .gguf file, or a name" in line
+    (tmp_path / "empty").mkdir()
+    status, (line,) = run("plan", "--domains", "general_health", "--base", str(tmp_path / "empty"))
+    assert status == 2 and "not a model folder: config.json" in line
+
+
 def test_plan_shows_sizes_against_budget(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--domains", "general_health", f"--data-root={tmp_path}"]) == 0
     shown = capsys.readouterr().out

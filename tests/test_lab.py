@@ -94,3 +94,58 @@ def test_every_fault_of_a_run_at_once(catalogue: Catalogue) -> None:
         Lab.open(["animal_habit"], "smok", overrides={"train.lr": 1}, catalogue=catalogue)
     assert len(error.value.faults) == 3
     assert error.value._render_traceback_() == [f"error: {fault}" for fault in error.value.faults]
+
+
+def test_the_time_of_a_run_is_shared_by_what_is_left_of_it(
+    layout: Layout, catalogue: Catalogue, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meetara_nb.device.CPU_MINUTES", 7.0)
+    for name in ("a_habits", "b_habits", "c_habits"):
+        write_spec(catalogue.folder, spec, name)
+    roots = {"data_root": str(layout.data_root), "models_root": str(layout.models_root)}
+
+    def lab_of(**overrides: Any) -> Lab:
+        changed = {f"train.{key}": value for key, value in overrides.items()}
+        return Lab.open(
+            ["a_habits", "b_habits", "c_habits"], "fast", overrides=changed, catalogue=Catalogue(catalogue.folder),
+            run_id="shared", **roots,
+        )  # fmt: skip
+
+    assert lab_of(max_steps=5).minutes_for(lab_of().domains[0]) is None
+    assert lab_of().minutes_for(lab_of().domains[0]) == 7.0
+    assert lab_of(max_minutes=3.0).minutes_for(lab_of().domains[0]) == 3.0
+    lab = lab_of(run_minutes=30.0)
+    assert lab.minutes_for(lab.domains[0]) == 10.0
+    lab.log.stage = "train"
+    lab.log.event("done", domain="a_habits", seconds=840.0)  # 14 minutes instead of 10
+    assert lab.minutes_for(lab.domains[1]) == 8.0
+    lab.log.event("failed", domain="b_habits", seconds=0.0)
+    assert lab.minutes_for(lab.domains[2]) == 16.0
+    assert lab_of(run_minutes=30.0, max_minutes=5.0).minutes_for(lab.domains[2]) == 5.0
+
+
+def test_the_curve_is_drawn_as_it_trains(layout: Layout, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    from meetara_nb import plots
+
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, _: Any) -> None:
+            shown.append("update")
+
+    def display(*_: Any, display_id: bool) -> Handle:
+        shown.append("new")
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    lab = opened(layout, catalogue, monkeypatch)
+    lab.run("data")
+    with plots.LiveCurve(lab, every_s=0.0):
+        lab.log.event("held out", domain="animal_habits", step=0, loss=3.0)
+        for step in (1, 2, 3):
+            lab.log.event(
+                "step", domain="animal_habits", step=step, steps=3, loss=2.0, learning_rate=0.1, tokens_per_s=100,
+                left_s=5, memory_bytes=10**9,
+            )  # fmt: skip
+    assert shown == ["new", "update", "update"] and not lab.log.listeners
+    assert lab.log.folder is not None and (lab.log.folder / "loss_animal_habits.png").stat().st_size > 5_000

@@ -238,6 +238,20 @@ class Break(RunLog):
             raise KeyboardInterrupt
 
 
+def test_a_mixture_of_domains_is_trained_on(
+    job: Callable[..., Job], go: Callable[..., Trained], tmp_path: Path
+) -> None:
+    from test_mixture import write
+
+    from meetara_nb.hub.mixture import mix
+
+    files = {"birds": write(tmp_path / "b", "birds", 60, "bird"), "cats": write(tmp_path / "c", "cats", 20, "cat")}
+    mixture = mix(files, 40, 5.0, 1, 0.8)
+    one = job()
+    one.data.write_text(json.dumps({"samples": mixture.samples, "mixture": mixture.report}))
+    assert go(one).facts["losses"][-1][1] < go(job("less", max_steps=2)).facts["losses"][0][1]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 def test_a_broken_training_ends_as_the_whole_one(
     job: Callable[..., Job], go: Callable[..., Trained], optimizer: str

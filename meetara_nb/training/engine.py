@@ -1,4 +1,4 @@
-"""Trains a LoRA adapter to a plan that is frozen before the first step, and goes on where it was interrupted."""
+"""Trains a LoRA adapter to a plan that is made before the first step, and goes on where it was interrupted."""
 
 from __future__ import annotations
 

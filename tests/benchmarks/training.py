@@ -192,7 +192,7 @@ def trl(
 def result(model: Any, held: list[Any], torch: Any) -> dict[str, Any]:
     """Peak memory of the process so far; then the held-out loss, one sample at a time, by transformers alone."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model.eval()
+    model.float().eval()
     total = count = 0.0
     for sample in held:
         ids = torch.tensor([sample.ids])
