@@ -254,7 +254,7 @@ def _make_metadata(lab: Lab, domain: Domain, work: Path) -> Product:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("data", "01_generate_data", 3, ("data", "teacher"), (), "training data", _make_data, _composes),
+        Stage("data", "01_generate_data", 4, ("data", "teacher"), (), "training data", _make_data, _composes),
         Stage("train", "02_train", 2, ("train",), ("data",), "trained model", _make_trained),
         Stage("gguf", "03_create_gguf", 1, ("gguf",), ("data", "train"), "GGUF", _make_gguf),
         Stage("evaluate", "04_evaluate", 1, ("evaluate",), ("train", "gguf"), "evaluation", _make_evaluation),

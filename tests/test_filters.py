@@ -50,6 +50,8 @@ def reason(sample: Draft, safety: str = "general", unsupported: float = 0.0) -> 
         (draft("Is it so?", "Cats sleep in <b> for 14 hours.", sources=("Cats sleep in <b> for 14 hours.",)), None),
         (draft("I am bob@example.org. Is it so?", ANSWER), "personal data: an e-mail address"),
         (draft("Is it so?", f"{ANSWER} Call +44 20 7946 0958."), "personal data: a telephone number"),
+        (draft("Is it so?", f"{ANSWER} Ring 030/1234567 or (030) 123 45 67."), "personal data: a telephone number"),
+        (draft("0.1 + 0.2 gives 0.30000000000000004 on 2024-01-31 or 03/04/2024, split 50/50 70/30?", ANSWER), None),
         (draft("Is it so?", f"{ANSWER} Pay DE89 3704 0044 0532 0130 00."), "personal data: an account number"),
         (draft("Is it so?", "Cats sleep for about 15 hours a day."), "unsupported: a number that no source holds"),
         (draft("Is it so?", "Cats sleep and chase elephants at dusk."), "unsupported: words that no source holds"),

@@ -150,7 +150,8 @@ def template_leak(draft: Draft, rules: Rules) -> str | None:
 _PERSONAL = {
     "an e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.\w{2,}"),
     "an account number": re.compile(r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,}\b"),
-    "a telephone number": re.compile(r"\d[\d ()/-]{7,}\d(?![\w,])"),
+    # Neither decimals, nor dates and ratios such as 2024-01-31 or 50/50.
+    "a telephone number": re.compile(r"(?<![\d.,/-])(?!\d{4}-\d\d-\d\d)(?!\d\d?/\d\d?\b)\d[\d ()/-]{7,}\d(?![\w,])"),
 }
 _PERSONAL_HINT = re.compile(r"@|\d\d")
 
