@@ -42,6 +42,10 @@ def run(lab: Lab, *, batch_size: int = 0, until: str = "") -> dict[str, str]:
             raise MeetaraError(f"{until!r} is no stage", where="until", remedy=nearest(until, STAGES))
         stages = stages[: list(STAGES).index(until) + 1]
     lab.check()
+    if any(stage.name == "gguf" for stage in stages):  # known before hours of training, not after
+        from .training.bases import gguf_file
+
+        gguf_file(lab.base)
     names = [domain.domain for domain in lab.domains]
     if not any(lab.pending(stage) for stage in stages):
         lab.log.say("Everything is done and unchanged: nothing to do.")

@@ -262,6 +262,10 @@ class Base(Strict):
         """Hash that tells these weights from others."""
         return self.source.identity
 
+    @property
+    def comes_as_gguf(self) -> bool:
+        return isinstance(self.source, PackageSource | FileSource)
+
 
 class Scope(Strict):
     """A kind of product and its size budget; sizes in decimal megabytes."""

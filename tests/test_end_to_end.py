@@ -293,3 +293,20 @@ def test_a_base_in_four_bits_from_training_to_merged_gguf(
     runtime = Runtime(Path(made.layout.domain_gguf(CATEGORY, NAME, "Q4_K_M", merged=True)))
     assert runtime.answer([{"role": "user", "content": "Say hello."}], 100).text
     runtime.close()
+
+
+def test_a_model_folder_of_the_users_own_is_trained(
+    root: Callable[[str], Root], tiny_base: Path, tmp_path: Path
+) -> None:
+    """A base outside the registry: GGUF files are not made of it yet, which is said before anything begins."""
+    folder = tmp_path / "my model"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    made = root("own")
+    status, text = made.run(options=("--base", str(folder)))
+    assert status == 2 and "comes as safetensors, from which this version makes no GGUF files yet" in text
+    status, text = made.run(options=("--base", str(folder), "--until", "train"))
+    assert status == 0, text
+    content = load_trained_model(made.trained)
+    assert content["base"] == "my-model" and len(content["losses"]) == 6

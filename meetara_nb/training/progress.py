@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -76,7 +77,11 @@ def peak_memory() -> int:
     """Most bytes in use so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    import psutil
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
-    info = psutil.Process().memory_info()
-    return int(getattr(info, "peak_wset", 0) or info.rss)
+        return int(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
