@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ class WarmBase:
             target_modules=MODULES,
             task_type="CAUSAL_LM",
         )
-        return Adapted(get_peft_model(self.model, config))
+        with warnings.catch_warnings():  # peft looks at every attribute of the model, deprecated ones too
+            warnings.simplefilter("ignore", FutureWarning)
+            return Adapted(get_peft_model(self.model, config))
 
 
 class Adapted:

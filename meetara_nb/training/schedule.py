@@ -11,7 +11,7 @@ from ..params import TrainParams
 # Kept back from the budget: the last save.
 RESERVE_S = 5.0
 # A plan is revised where the steps it has time for differ by more than this share.
-TOLERANCE = 0.03
+TOLERANCE = 0.08
 # The size of a step in tokens, where none is asked for: as many as leave this many steps, within these bounds.
 STEPS_WANTED, SMALLEST_STEP, LARGEST_STEP = 200, 512, 16_384
 

@@ -307,10 +307,10 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=512, help=f"samples to train on, a multiple of {BATCH}")
-    parser.add_argument("--ablation", action="store_true", help="what each part of the engine brings, in 16 steps")
+    parser.add_argument("--ablation", action="store_true", help="what each part of the engine brings, in 8 steps")
     asked = parser.parse_args()
     if asked.ablation:
-        measure(PARTS, 128, 16)
+        measure(PARTS, 64, 8)
     else:
         measure(SETTINGS, asked.samples, asked.samples // BATCH)
 
