@@ -17,7 +17,7 @@ def surface_forms(text: str) -> tuple[str, ...]:
     if text.count("; ") == 1:
         forms.append(_two_sentences(*text.split("; ")))
     if len(_BECAUSE.findall(text)) == 1:
-        forms.append("{}. The reason is that {}".format(*_BECAUSE.split(text)))
+        forms.append(_two_sentences(*_BECAUSE.split(text)))
     if len(_SO.findall(text)) == 1:
         first, second = _SO.split(text)
         forms.append(f"{first}. So {second}")
