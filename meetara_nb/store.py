@@ -106,10 +106,10 @@ class Manifests:
         A file whose size and time are those in the manifest counts as untouched; otherwise its hash decides.
         """
         manifest = self.read(stage, category, name)
-        if not manifest or not manifest.get("done") or manifest.get("key") != key:
-            return None
-        intact = all(self._untouched(ref, entry) for ref, entry in manifest["outputs"].items())
-        return manifest if intact else None
+        return manifest if manifest and manifest.get("key") == key and self._stands(manifest) else None
+
+    def _stands(self, manifest: Mapping[str, Any]) -> bool:
+        return bool(manifest.get("done")) and all(self._untouched(*output) for output in manifest["outputs"].items())
 
     def _untouched(self, ref: str, entry: Mapping[str, Any]) -> bool:
         path = self.path_of(ref)
@@ -124,9 +124,7 @@ class Manifests:
     def intact(self, stage: str, category: str, name: str) -> bool:
         """Whether what the stage last finished still stands, for whatever parameters it was made."""
         manifest = self.read(stage, category, name)
-        if not manifest or not manifest.get("done"):
-            return False
-        return all(self._untouched(ref, entry) for ref, entry in manifest["outputs"].items())
+        return manifest is not None and self._stands(manifest)
 
     def damaged(self, stage: str, category: str, name: str) -> list[Path]:
         """Files that a finished manifest vouches for and that are there, but are not what they were."""

@@ -137,6 +137,21 @@ def test_the_loss_is_that_of_transformers_and_chunks_do_not_show(monkeypatch: py
         assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_nothing_is_dropped_out_where_the_loss_is_only_measured() -> None:
+    plain, thinned = (
+        get_peft_model(family("llama"), LoraConfig(r=4, lora_dropout=p, target_modules="all-linear"))
+        for p in (0.0, 0.9)
+    )
+    for model in (plain, thinned):
+        torch.manual_seed(4)
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    batch = collate(talk(2, 4))
+    assert Decoder(thinned.eval()).loss(batch).item() == Decoder(plain.eval()).loss(batch).item()
+    assert Decoder(thinned.eval()).shares_beginnings and not Decoder(thinned.train()).shares_beginnings
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_goes_the_same_way(precision: str) -> None:
     """The paths of GPUs, on the CPU: a frozen base in 16 bits, fp32 adapters, and for fp16 a loss scaler."""

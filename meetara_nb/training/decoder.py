@@ -182,14 +182,19 @@ class _Linears:
     biases: list[Tensor | None]
     lora: list[Tensor]
     scale: float
-    dropout: float
+    dropout: Any
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether the adapters' input is thinned out: with a dropout, and while training."""
+        return bool(self.dropout.training and getattr(self.dropout, "p", 0.0))
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.dropout:
+        if not self.drops_out:
             return AdaptedLinear.apply(x, self.scale, self.weights, self.biases, *self.lora)
         count, parts = len(self.weights), []
         for w, bias, a, b in zip(self.weights, self.biases, self.lora[:count], self.lora[count:], strict=True):
-            inner = F.linear(F.dropout(x, self.dropout), a.to(x.dtype))
+            inner = F.linear(self.dropout(x), a.to(x.dtype))
             parts.append(F.linear(x, w(), bias) + self.scale * F.linear(inner, b.to(x.dtype)))
         return torch.cat(parts, 1)
 
@@ -235,7 +240,7 @@ class Decoder:
     @property
     def shares_beginnings(self) -> bool:
         """Whether a token that several samples share may pass once: not where each would drop out other values."""
-        return self.fast and not (self.layers[0][0][0].dropout and self.model.training)
+        return self.fast and not self.layers[0][0][0].drops_out
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed cross-entropy of the batch's trained tokens, in nats; a scalar with a gradient."""
@@ -289,7 +294,7 @@ def _norm(x: Tensor, module: Any) -> Tensor:
 def _linears(*modules: Any) -> _Linears:
     """The weights of peft's adapted layers; all have the same rank, scale and dropout."""
     lora = [m.lora_A["default"].weight for m in modules] + [m.lora_B["default"].weight for m in modules]
-    dropout = getattr(modules[0].lora_dropout["default"], "p", 0.0)
+    dropout = modules[0].lora_dropout["default"]
     layers = [m.base_layer for m in modules]
     return _Linears(
         [_weight(layer) for layer in layers], [layer.bias for layer in layers], lora, modules[0].scaling["default"],

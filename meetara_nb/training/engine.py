@@ -84,7 +84,6 @@ class State:
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
-    scale: dict[str, Any] = field(default_factory=dict)
     losses: list[list[float]] = field(default_factory=list)
     held_out: list[list[float]] = field(default_factory=list)
     trunk: dict[str, Any] | None = None
@@ -388,7 +387,8 @@ class _Training:
 
     def _content(self) -> dict[str, Any]:
         return {
-            **self._snapshot(),
+            **self.stepper.state(),
+            "step": self.state.step,
             "identity": self.job.identity,
             "state": {**vars(self.state), "plan": asdict(self.state.plan)},
         }
